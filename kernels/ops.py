@@ -397,9 +397,8 @@ class RunExperts(Protocol):
     def sums(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor, out: Tensor) -> None:
         """Writes the same weighted sum to `out`, float32 [T, H] and contiguous, for experts that are sections.
 
-        The intermediate size of such experts is a section of that of the model, so that the results of all sections
-        must be added. The outputs of the experts, their products with the weights, and the result are therefore not
-        rounded to dtype. The weights are.
+        The intermediate size of such experts is a section of that of the model, and the results of all sections are
+        added. The experts' outputs, their products with the weights, and the result are not rounded to dtype.
         """
         ...
 

@@ -69,6 +69,12 @@ class Shard:
 WHOLE: Final = Shard()
 
 
+def check_size(size: int) -> None:
+    """Raises ConfigError unless there may be so many ranks."""
+    if size not in SIZES:
+        raise ConfigError(f"tensor_parallel_size is {size}; it must be one of {', '.join(map(str, SIZES))}.")
+
+
 def section_borders(total: int, group: int = 1) -> tuple[int, ...]:
     """Returns the borders of the sections of `total` inputs: nine numbers from 0 to `total`, in ascending order.
 
@@ -124,8 +130,7 @@ class Parts:
         Raises ConfigError if a rank would own nothing of some layer, or if a group of a quantised weight would be
         divided between two sections.
         """
-        if shard.size not in SIZES:
-            raise ConfigError(f"tensor_parallel_size is {shard.size}; it must be one of {', '.join(map(str, SIZES))}.")
+        check_size(shard.size)
         heads = _own_heads(config, shard, _group(config, policy, ("o_proj",), "attention"))
         group = config.num_attention_heads // config.num_key_value_heads
         channel_group = math.lcm(

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.process.child import CLOSE_SECONDS, DISK_CLOSE_SECONDS
 from jamba_server.engine.process.connection import LogToParent, Send, end_with_parent, load, sender
 from jamba_server.engine.process.ranks import Ranks
 from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import receive
 from jamba_server.engine.read_ahead import reading_early
-from jamba_server.engine.types import Abort, Ready, Submit, ToEngine
+from jamba_server.engine.start.rank_options import check_ranks
+from jamba_server.engine.types import Abort, Failed, Ready, Submit, ToEngine
 
 if TYPE_CHECKING:
     from jamba_server.engine.core import Inbox
@@ -52,8 +54,14 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
 def run(connection: socket.socket, send: Send) -> int:
     if (config := receive(connection, EngineConfig)) is None:
         return 1
-    ranks = None if config.tensor_parallel_size == 1 else Ranks(send)
-    if ranks is not None:
+    ranks = None
+    if config.tensor_parallel_size > 1:
+        try:
+            check_ranks(config)
+        except ConfigError as error:
+            send(Failed(str(error)))
+            return 1
+        ranks = Ranks(send)
         ranks.start(config)
     with reading_early(Path(config.model), config.load_format):
         core = load(config, send, store=None if ranks is None else ranks.store_path)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -41,7 +42,8 @@ from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, check_sizes, plan_memory
-from jamba_server.engine.start.parallel import agreed, alone, check_parallel, choose_device, of_rank
+from jamba_server.engine.start.parallel import agreed, alone, choose_device, of_rank
+from jamba_server.engine.start.rank_options import check_options
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.step_size import StepSize, choose_step_size, measure_rates
 from jamba_server.engine.start.tier_sizes import with_host_tier
@@ -93,7 +95,7 @@ def build_engine(
     started = time.monotonic()
     device = choose_device(config)
     group = alone(config) if group is None else group
-    check_parallel(config)
+    check_options(config)
     stored = read_stored(config)
     model_config = stored.config
     dtype = choose_dtype(config, model_config)
@@ -108,15 +110,9 @@ def build_engine(
     if step is not None:
         config = msgspec.structs.replace(config, max_num_batched_tokens=step.tokens, max_step_ms=None)
     layout = wanted_layout(model_config, config, parts)
-    planned = partial(
-        plan_memory,
-        model_config,
-        config,
-        layout,
-        weight_bytes=rank_weight_bytes(model_config, dtype.itemsize, parts=parts, policy=policy),
-        device=device.type,
-    )
-    plan = agreed(planned(available_bytes=available_bytes(device, config)), group, device)
+    weight_size = rank_weight_bytes(model_config, dtype.itemsize, parts=parts, policy=policy)
+    planned = planner(model_config, config, layout, weight_size, device, group)
+    plan = planned(available_bytes(device, config))
     config, more = with_host_tier(config, available_memory() - (device.type == "cpu") * plan.total_bytes)
     warnings += more
     steps = dummy_steps(config, model_config, plan)
@@ -135,8 +131,7 @@ def build_engine(
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
-        available = plan.weight_bytes + available_bytes(device, config)
-        plan = agreed(planned(available_bytes=available, measured=measured), group, device)
+        plan = planned(plan.weight_bytes + available_bytes(device, config), measured)
         on_progress("measuring memory", 1.0)
     runner, worker = make_runner(loaded, config, plan), open_disk_tier(loaded, config, weights)
     core = EngineCore(
@@ -148,6 +143,24 @@ def build_engine(
     if worker is not None:
         worker.start(core.inbox.post)
     return core
+
+
+def planner(
+    model_config: JambaConfig,
+    config: EngineConfig,
+    layout: CacheLayout,
+    weight_size: int,
+    device: torch.device,
+    group: Group,
+) -> Callable[..., MemoryPlan]:
+    """Returns a function that plans the memory of `available` bytes, perhaps with `measured` activations. All ranks of
+    `group` must call the function, and get the same numbers of pages, slots, tokens and sequences."""
+
+    def planned(available: int, measured: Measured | None = None) -> MemoryPlan:
+        sizes: dict[str, Any] = {"weight_bytes": weight_size, "available_bytes": available, "device": device.type}
+        return agreed(plan_memory(model_config, config, layout, **sizes, measured=measured), group, device)
+
+    return planned
 
 
 def choose_kernels(

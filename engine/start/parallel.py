@@ -1,4 +1,4 @@
-"""Checks the options of an engine with several ranks, and makes all ranks use the same sizes."""
+"""Joins the ranks of an engine, and makes all of them use the same sizes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch.distributed import FileStore
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.parallel.group import Group
-from jamba_server.engine.parallel.shards import Shard
 from jamba_server.engine.start.machine import available_cpus
 from jamba_server.engine.start.memory_plan import MemoryPlan
-from jamba_server.engine.start.tier_sizes import has_tiers
+from jamba_server.engine.start.rank_options import shard_of
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -25,16 +24,10 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device(name)
 
 
-def shard_of(config: EngineConfig, rank: int) -> Shard:
-    """Returns the shard of a rank."""
-    size, exact = config.tensor_parallel_size, config.tensor_parallel_exact
-    return Shard(rank, size, size > 1 if exact is None else exact)
-
-
 def join_ranks(config: EngineConfig, rank: int, store: str) -> Group:
     """Waits until all ranks are there, and returns their group. They find each other in the file at the path `store`,
-    which is empty at first. Raises ConfigError for options that an engine with several ranks does not support."""
-    check_parallel(config)
+    which is empty at first. Raises ConfigError if there are fewer GPUs than ranks."""
+    check_devices(config)
     device = choose_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(rank)
@@ -53,23 +46,12 @@ def alone(config: EngineConfig) -> Group:
     return Group(shard_of(config, 0))
 
 
-def check_parallel(config: EngineConfig) -> None:
-    """Raises ConfigError for options that an engine with several ranks, or with sections of sums, does not support."""
-    size, exact = config.tensor_parallel_size, shard_of(config, 0).exact
-    if size > 1 and has_tiers(config):
-        named = "state_cache_disk_path" if config.state_cache_disk_path is not None else "state_cache_host_bytes"
+def check_devices(config: EngineConfig) -> None:
+    """Raises ConfigError if there are fewer GPUs than ranks."""
+    size, count = config.tensor_parallel_size, torch.cuda.device_count()
+    if size > 1 and config.device != "cpu" and 0 < count < size:
         raise ConfigError(
-            f"{named} does not work with tensor_parallel_size {size} yet: the tiers keep the states of one rank."
-        )
-    if exact and config.activation_quantization == "int8":
-        raise ConfigError(
-            "activation_quantization 'int8' and tensor_parallel_exact exclude each other: sums in sections have "
-            "activations of the model's dtype."
-        )
-    if size > 1 and config.device != "cpu" and 0 < torch.cuda.device_count() < size:
-        raise ConfigError(
-            f"tensor_parallel_size is {size}, but this machine has {torch.cuda.device_count()} GPUs. Each rank needs "
-            "one of its own."
+            f"tensor_parallel_size is {size}, but this machine has {count} GPUs. Each rank needs one of its own."
         )
 
 

@@ -17,7 +17,7 @@ from jamba_server.engine.parallel.group import Group
 from jamba_server.engine.process.lockstep import FollowingInbox, LeadingInbox
 from jamba_server.engine.process.ranks import StepInputs, checksum
 from jamba_server.engine.start.build import build_engine
-from jamba_server.engine.start.parallel import shard_of
+from jamba_server.engine.start.rank_options import shard_of
 from jamba_server.engine.types import Request, Submit, TokenUpdate
 from tests.engine.parallel.ranks import CPU, TIMEOUT
 
