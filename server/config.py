@@ -309,12 +309,9 @@ class ServerConfig:
     gpu_memory_utilization: Annotated[
         Share, Help("memory", "Share of the GPU's memory the server may use", "FRACTION")
     ] = 0.92
-    enforce_eager: Annotated[bool, Help("expert", "Launch every kernel from Python instead of replaying graphs")] = (
-        False
-    )
+    enforce_eager: Annotated[bool, Help("expert", "Launch kernels from Python instead of replaying graphs")] = False
     async_scheduling: Annotated[
-        bool | None,
-        Help("expert", "Start the next step before the previous results are read", default="on for a GPU"),
+        bool | None, Help("expert", "Start the next step before the last results are read", default="on for a GPU")
     ] = None
     enable_prefix_caching: Annotated[bool, Help("memory", "Compute a prefix that several requests share only once")] = (
         True
@@ -328,16 +325,10 @@ class ServerConfig:
     ] = 1
     tensor_parallel_exact: Annotated[
         bool | None,
-        Help(
-            "expert",
-            "Add the parts of sums in an order that is the same for 1, 2, 4 and 8 processes",
-            default="with more than one process",
-        ),
+        Help("expert", "Compute the same bits with 1, 2, 4 and 8 processes", default="with more than one process"),
     ] = None
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
-    threads: Annotated[
-        Count | None, Help("expert", "CPU threads of the engine, or of each of its processes", "N", "one per core")
-    ] = None
+    threads: Annotated[Count | None, Help("expert", "CPU threads of each engine process", "N", "one per core")] = None
     batch_invariant: Annotated[
         bool | None,
         Help(

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import msgspec
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.core import EngineCore
@@ -58,7 +58,12 @@ def running(config: EngineConfig) -> Generator[EngineCore]:
     for thread in threads:
         thread.start()
     core = build_engine(config, group=Group.join(shard_of(config, 0), store, CPU, TIMEOUT))
-    core.inbox = LeadingInbox(core.inbox.compiler, lambda message: [queue.put(message) for queue in queues])
+
+    def send(message: Submit | StepInputs) -> None:
+        for queue in queues:
+            queue.put(message)
+
+    core.inbox = LeadingInbox(core.inbox.compiler, send)
     try:
         yield core
     finally:

@@ -13,7 +13,7 @@ import torch
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.parallel.shards import SECTIONS, SIZES, Own, Parts, Shard, head_borders, section_borders
-from jamba_server.engine.pieces import Piece, cut, section
+from jamba_server.engine.pieces import Piece, section
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.engine.weight_sizes import rank_weight_bytes, weight_bytes
@@ -103,7 +103,7 @@ def test_pieces_of_tensors() -> None:
     assert Piece.of(Own(12, 0, 12), 1) is None
     halves = Piece.of(Own(6, 2, 5), 1, times=2)
     assert halves == Piece(1, 12, ((2, 5), (8, 11)))
-    assert cut(tensor, halves).tolist() == [[2, 3, 4, 8, 9, 10], [14, 15, 16, 20, 21, 22]]
+    assert halves.cut_tensor(tensor).tolist() == [[2, 3, 4, 8, 9, 10], [14, 15, 16, 20, 21, 22]]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4-g32", "fp8"])
