@@ -39,12 +39,7 @@ def rank_weight_bytes(
     Norms, routers and the head of a classifier are on every rank."""
     if parts.shard.size == 1:
         return weight_bytes(config, dtype_bytes, policy=policy)
-    of_matrices = 0
-    for name, role, rows, inputs in weight_matrices(config):
-        rows, inputs = _own_shape(name, role, rows, inputs, parts)
-        form = policy.blocks.get(name)
-        plain = policy.num_bytes(role, rows, inputs, dtype_bytes=dtype_bytes)
-        of_matrices += plain if form is None else form.num_bytes(rows, inputs)
+    of_matrices = sum(size for _, _, size, _ in _sizes(config, dtype_bytes, policy, parts))
     if config.tie_word_embeddings and not config.is_classifier and policy.quantization_of("head") is not None:
         of_matrices += policy.num_bytes("head", len(parts.vocabulary), config.hidden_size, dtype_bytes=dtype_bytes)
     h, layers, channels = config.hidden_size, len(config.mamba_layers), len(parts.channels)
@@ -79,25 +74,36 @@ def _own_shape(name: str, role: Role, rows: int, inputs: int, parts: Parts) -> t
     return rows, inputs
 
 
-def _sizes(config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy) -> Iterator[tuple[str, Role, int, int]]:
+def _sizes(
+    config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy, parts: Parts | None = None
+) -> Iterator[tuple[str, Role, int, int]]:
     """Yields the name of each weight matrix, the part of the model that uses it, its size in bytes, and its number of
-    elements."""
+    elements. If `parts` is given, the sizes are those of what a rank owns of the matrices."""
     for name, role, rows, inputs in weight_matrices(config):
+        if parts is not None:
+            rows, inputs = _own_shape(name, role, rows, inputs, parts)
         form = policy.blocks.get(name)
         plain = policy.num_bytes(role, rows, inputs, dtype_bytes=dtype_bytes)
         yield name, role, plain if form is None else form.num_bytes(rows, inputs), rows * inputs
 
 
 def step_bytes(
-    config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
+    config: JambaConfig,
+    dtype_bytes: int,
+    *,
+    num_sequences: int = 1,
+    policy: QuantizationPolicy = UNQUANTIZED,
+    parts: Parts | None = None,
 ) -> int:
     """Estimates how many bytes of weights are read by a decode step with one token for each of `num_sequences`
     sequences. The step reads all weights except the embedding and the experts that no token chooses. The estimate
-    assumes that all experts are equally likely."""
+    assumes that all experts are equally likely. If `parts` is given, it counts what the rank that owns them reads."""
     total = weight_bytes(config, dtype_bytes, policy=policy)
+    if parts is not None:
+        total = rank_weight_bytes(config, dtype_bytes, parts=parts, policy=policy)
     missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
     experts = 0
-    for name, role, size, _ in _sizes(config, dtype_bytes, policy):
+    for name, role, size, _ in _sizes(config, dtype_bytes, policy, parts):
         is_read = config.tie_word_embeddings and policy.quantization_of("head") is None
         if name == _EMBEDDING and not is_read:
             total -= size

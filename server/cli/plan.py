@@ -19,6 +19,8 @@ from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import wanted_layout
+from jamba_server.engine.parallel.costs import Exchanges, exchanges
+from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.start.contents import StoredModel, conversions, read_plan
 from jamba_server.engine.start.machine import available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import (
@@ -28,7 +30,8 @@ from jamba_server.engine.start.memory_plan import (
     plan_memory,
     usable_bytes,
 )
-from jamba_server.engine.weight_sizes import policy_of, weight_bytes
+from jamba_server.engine.start.rank_options import check_options, shard_of
+from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.decode_limit import (
     DTYPE_BYTES,
@@ -61,12 +64,14 @@ SIZES = (
     "state_cache_dtype",
     "block_size",
     "enable_prefix_caching",
+    "tensor_parallel_size",
+    "tensor_parallel_exact",
 )
 Memory = Annotated[
     str | None,
     typer.Option(
         metavar="BYTES",
-        help="Memory of the device, such as 80GiB  [default: what is free on this machine]",
+        help="Memory of the device, or of each of several GPUs, such as 80GiB  [default: what is free on this machine]",
         show_default=False,
     ),
 ]
@@ -106,6 +111,9 @@ class Cell:
 class Report:
     """The memory that a model needs on a device. The server is allowed to use `memory_bytes` of the device's memory.
 
+    If several ranks run the model, the sizes are those of the rank that needs most of them, on a device of its own, and
+    `exchanges` counts what ranks exchange in a decode step.
+
     The field `plan` says how the server would divide that memory. If the server would not start, `plan` is None and
     `refusal` gives the reason.
     `bandwidth` is the device's memory bandwidth in bytes per second, or None if it is not known.
@@ -114,6 +122,8 @@ class Report:
     model: str
     architecture: str
     parameters: int
+    ranks: int
+    exchanges: Exchanges
     dtype: str
     quantization: Quantization | None
     quantize_mamba: bool
@@ -175,8 +185,16 @@ def make_report(
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = policy_of(engine, model)
-    weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
-    layout = wanted_layout(model, engine)
+    check_options(engine)
+    ranks = engine.tensor_parallel_size
+    size, shards = DTYPE_BYTES[dtype], [shard_of(engine, rank) for rank in range(ranks)]
+    parts = max(
+        (Parts.of(model, shard, policy) for shard in shards),
+        key=lambda own: rank_weight_bytes(model, size, parts=own, policy=policy),
+    )
+    weights = rank_weight_bytes(model, size, parts=parts, policy=policy)
+    layout = wanted_layout(model, engine, parts)
+    available = available // ranks if device == "cpu" else available  # the ranks on a CPU share its memory
     spec = CacheSpec.of(layout)
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
@@ -198,6 +216,8 @@ def make_report(
         model=name,
         architecture=model.architecture,
         parameters=model.num_parameters(),
+        ranks=ranks,
+        exchanges=exchanges(model, parts.shard, size),
         dtype=dtype,
         quantization=policy.quantization,
         quantize_mamba=policy.mamba,
@@ -205,7 +225,7 @@ def make_report(
         memory_bytes=available,
         weight_bytes=weights,
         bandwidth=speed,
-        decode=decode_limits(model, dtype, policy, bandwidth=speed, measured=measured),
+        decode=decode_limits(model, dtype, policy, bandwidth=speed, measured=measured, parts=parts),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
         bytes_per_saved_state=spec.bytes_per_saved_state,
@@ -258,6 +278,7 @@ def describe(report: Report) -> list[str]:
     lines = [
         f"{report.model}: {report.architecture}, {report.parameters:,} parameters in "
         + describe_weights(report.dtype, report.quantization, report.quantize_mamba),
+        *describe_ranks(report),
         f"weights                 {format_bytes(report.weight_bytes)}",
         f"KV cache                {report.kv_bytes_per_token:,} bytes per token",
         f"state                   {format_bytes(state)} per sequence"
@@ -279,6 +300,18 @@ def describe(report: Report) -> list[str]:
         f"and allow               {plan.max_model_len:,} tokens per sequence, {plan.max_num_seqs} sequences, "
         f"{plan.max_num_batched_tokens} prompt tokens per step",
         *(f"warning                 {warning}" for warning in plan.warnings),
+    ]
+
+
+def describe_ranks(report: Report) -> list[str]:
+    """Returns the lines about several ranks, or no lines if there is one."""
+    if report.ranks == 1:
+        return []
+    sent = report.exchanges
+    return [
+        f"ranks                   {report.ranks}; all sizes below are those of one rank and its device",
+        f"exchanges               {sent.count} in a step; a rank sends {sent.bytes_alone:,} bytes for one sequence "
+        f"and {sent.bytes_among_many:,} for each of many",
     ]
 
 
