@@ -3,6 +3,7 @@
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
 #   make test                             run all checks: style, types, imports and tests
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
+#   make test-oldest-triton               the same, in part, with the triton of torch 2.11 (part of `.ci/run`)
 #   make fuzz-gguf                        load 20,000 damaged GGUF files (10 to 20 minutes; not part of `make test`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
@@ -19,20 +20,27 @@
 #   TARGETS      kinds of GPU that the GPU kernels are compiled for (default 90; .ci/run compiles for all)
 #   MUTATIONS    the number of files of `make fuzz-gguf` (default 20000)
 #   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
+#   WORKERS      the number of processes that share the tests (default 2; with 0, pytest runs them itself, as for --pdb)
 
 PYTHON ?= python3
 TARGETS ?= 90
+OLDEST_TRITON := 3.6.0
+OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py \
+  tests/kernels/test_attention.py tests/kernels/test_quantized.py
 MUTATIONS ?= 20000
+WORKERS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# A worker that has run its share takes half of what is left of another's, so none waits for the slowest file.
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 PACKAGING := pyproject.toml $(wildcard setup.py)
 
 # $(call step,DESCRIPTION,COMMAND) prints the description, runs the command and prints how long it took.
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton fuzz-gguf check format sbom clean
+.PHONY: help serve test test-triton test-oldest-triton fuzz-gguf check format sbom clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -48,13 +56,26 @@ check: .venv/dev.stamp
 
 test: check
 	@echo "== pytest: tests"
-	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) -m pytest $(TESTS)
+	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) $(PYTEST) $(TESTS)
 	$(if $(COVERAGE),@$(BIN)/coverage combine --quiet && $(BIN)/coverage report $(if $(TESTS),--fail-under=0))
 
 test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
+	@TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/kernels tests/engine/test_triton.py -k triton
 	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
+
+# This triton comes with torch 2.11. Its interpreter needs an older numpy. Both are put before the packages of .venv.
+.venv-triton/$(OLDEST_TRITON).stamp: .venv/dev.stamp
+	@rm -rf .venv-triton
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target .venv-triton \
+	  triton==$(OLDEST_TRITON) 'numpy>=2.3,<2.4'
+	@touch $@
+
+test-oldest-triton: .venv-triton/$(OLDEST_TRITON).stamp
+	@echo "== pytest: some GPU kernels in the interpreter of triton $(OLDEST_TRITON)"
+	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton
+	$(call step,triton $(OLDEST_TRITON): GPU kernels compiled ahead of time,\
+	  PYTHONPATH=.venv-triton $(BIN)/python -m benchmarks.gpu.codegen --targets 90 >/dev/null)
 
 fuzz-gguf: .venv/dev.stamp
 	$(call step,fuzz_gguf: $(MUTATIONS) damaged GGUF files,$(BIN)/python -m tools.fuzz_gguf --mutations $(MUTATIONS))
@@ -72,7 +93,7 @@ sbom: .venv/serve.stamp
 	@echo "sbom.json lists the packages in .venv"
 
 clean:
-	rm -rf .venv .venv-sbom sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-sbom .venv-triton sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.scheduler import Chunk
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.staging import Array, upload
@@ -80,7 +81,8 @@ class RowArrays(NamedTuple):
 
 
 class TableArrays(NamedTuple):
-    """Arrays with one row for each sequence: its state slot, its page table, and its context length in tokens."""
+    """Arrays with one row for each sequence: its state slot, its page table, and its context length in tokens. Where
+    the page tables stay on the device (`DeviceTables`), `block_tables` has the number of the sequence's row there."""
 
     state_ids: Array
     block_tables: Array
@@ -133,44 +135,62 @@ class SampledTokens:
 
 
 def build_batch(
-    chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
+    chunks: Many[Chunk],
+    *,
+    block_size: int,
+    device: torch.device,
+    sampled: SampledTokens | None = None,
+    tables: DeviceTables | None = None,
 ) -> ForwardBatch:
     """Returns the batch for the chunks of a step. Chunks that decode must come before all other chunks. The result's
     field `logit_rows` has one row number for each token that the step samples, in the order of the chunks. Token ids
-    that the host does not know yet are taken from the argument `sampled`."""
+    that the host does not know yet are taken from the argument `sampled`. If there are `tables`, the page tables are
+    taken from them, and only their changes are sent to the device."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "a chunk that prefills precedes one that decodes"
     rows = row_arrays(chunks, block_size)
-    arrays: list[Array] = [*rows, _logit_rows(chunks)]
+    arrays: list[Array] = [*rows, logit_rows(chunks)]
+    if tables is not None:
+        arrays += tables.update(chunks)
     if decodes:
-        arrays += table_arrays(decodes, block_size, len(decodes), longest(decodes))
+        arrays += table_arrays(decodes, block_size, len(decodes), longest(decodes), tables)
     if prefills:
-        arrays += table_arrays(prefills, block_size, len(prefills), longest(prefills))
-        arrays += _segment_arrays(prefills)
+        arrays += table_arrays(prefills, block_size, len(prefills), longest(prefills), tables)
+        arrays += segment_arrays(prefills)
     if sampled is not None:
         arrays.append(sampled.sources(decodes, len(rows.token_ids)))
     tensors = iter(upload(arrays, device))
-    token_ids, kv_slots, logit_rows = next(tensors), next(tensors), next(tensors)
-    decode_part = _decodes(decodes, tensors) if decodes else None
-    prefill_part = _prefills(prefills, tensors) if prefills else None
+    token_ids, kv_slots, sampling_rows = next(tensors), next(tensors), next(tensors)
+    if tables is not None:
+        tables.apply(next(tensors), next(tensors))
+    gather = TableGather(tables, block_size)
+    decode_part = decodes_of(tensors, longest(decodes), gather) if decodes else None
+    prefill_part = prefills_of(tensors, longest(prefills), _longest_query(prefills), gather) if prefills else None
     return ForwardBatch(
         token_ids=token_ids if sampled is None else sampled.fill(token_ids, next(tensors)),
         kv_slots=kv_slots,
-        logit_rows=logit_rows,
+        logit_rows=sampling_rows,
         num_decodes=num_decodes,
         decodes=decode_part,
         prefills=prefill_part,
     )
 
 
-def _logit_rows(chunks: Many[Chunk]) -> Array:
+def logit_rows(chunks: Many[Chunk], *, padding: int = 0) -> Array:
+    """Returns the rows of a batch from which tokens are sampled. `padding` rows follow those of the chunks that
+    decode."""
     rows, row = array("q"), 0
     for chunk in chunks:
         row += chunk.end - chunk.start
         if chunk.num_sampled:
-            rows.extend(range(row - chunk.num_sampled, row))
+            first = row if chunk.is_decode else row + padding
+            rows.extend(range(first - chunk.num_sampled, first))
     return np.asarray(rows)
+
+
+def _longest_query(chunks: Many[Chunk]) -> int:
+    return max(chunk.end - chunk.start for chunk in chunks)
 
 
 def longest(chunks: Many[Chunk]) -> int:
@@ -194,15 +214,20 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
     return RowArrays(np.asarray(token_ids), np.asarray(kv_slots))
 
 
-def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> TableArrays:
-    """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. The arrays have
-    `rows` rows. Each row after the last chunk is padding. A padding row describes a sequence of one token in page 0
-    with state slot 0. No real sequence owns page 0 or slot 0."""
+def table_arrays(
+    chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int, on_device: DeviceTables | None = None
+) -> TableArrays:
+    """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens, or with the rows of
+    the tables `on_device`. The arrays have `rows` rows. Each row after the last chunk is padding. A padding row
+    describes a sequence of one token in page 0 with state slot 0. No real sequence owns page 0 or slot 0."""
     padding = rows - len(chunks)
-    tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
-    for row, chunk in zip(tables, chunks, strict=False):
-        used = -(-chunk.end // block_size)
-        row[:used] = chunk.sequence.block_ids[:used]
+    if on_device is not None:
+        tables = on_device.rows(chunks, rows)
+    else:
+        tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
+        for row, chunk in zip(tables, chunks, strict=False):
+            used = -(-chunk.end // block_size)
+            row[:used] = chunk.sequence.block_ids[:used]
     state_ids = array("i", [chunk.sequence.state_id for chunk in chunks])
     context_lens = array("i", [chunk.end for chunk in chunks])
     if padding:
@@ -211,11 +236,23 @@ def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_le
     return TableArrays(np.asarray(state_ids), tables, np.asarray(context_lens))
 
 
-def _decodes(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Decodes:
+class TableGather(NamedTuple):
+    """Makes the page tables of a step from the uploaded array `TableArrays.block_tables`."""
+
+    on_device: DeviceTables | None
+    block_size: int
+
+    def __call__(self, uploaded: Tensor, max_context_len: int) -> Tensor:
+        if self.on_device is None:
+            return uploaded
+        return self.on_device.gather(uploaded, -(-max_context_len // self.block_size))
+
+
+def decodes_of(tensors: Iterator[Tensor], max_context_len: int, gather: TableGather) -> Decodes:
     """Returns the struct `Decodes` of a batch. The next tensors of the iterator `tensors` must be the uploaded arrays
     that the function `table_arrays` returned."""
     state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
-    return Decodes(state_ids, PageTables(block_tables, context_lens, longest(chunks)))
+    return Decodes(state_ids, PageTables(gather(block_tables, max_context_len), context_lens, max_context_len))
 
 
 def _add_kv_slots(kv_slots: array[int], chunk: Chunk, block_size: int) -> None:
@@ -228,7 +265,8 @@ def _add_kv_slots(kv_slots: array[int], chunk: Chunk, block_size: int) -> None:
     kv_slots.frombytes((blocks[positions // block_size - first] * block_size + positions % block_size).tobytes())
 
 
-def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
+def segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
+    """Returns the arrays of chunks that prefill."""
     query_start, save_start, rows, slots = [0], [0], list[int](), list[int]()
     for chunk in chunks:
         rows += [query_start[-1] + save.position - chunk.start - 1 for save in chunk.saves]
@@ -240,14 +278,15 @@ def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
     return SegmentArrays(starts, saves, at, to, has_state)
 
 
-def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:
+def prefills_of(tensors: Iterator[Tensor], max_context_len: int, max_query_len: int, gather: TableGather) -> Prefills:
     """Returns the struct `Prefills` of a batch. The next tensors of the iterator `tensors` must be the uploaded arrays
-    that the function `table_arrays` returned, followed by those that the function `_segment_arrays` returned."""
-    state_ids, tables = _decodes(chunks, tensors)
+    that the function `table_arrays` returned, followed by those that the function `segment_arrays` returned. The two
+    lengths are at least those of the longest context and of the longest chunk."""
+    state_ids, tables = decodes_of(tensors, max_context_len, gather)
     query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
     segments = Segments(
         query_start=query_start,
-        max_query_len=max(chunk.end - chunk.start for chunk in chunks),
+        max_query_len=max_query_len,
         state_ids=state_ids,
         has_state=has_state,
         saves=StateSaves(save_start, rows, slots),

@@ -61,12 +61,13 @@ class RequestRejected(EngineError):
 
 
 class ContextTooLong(RequestRejected):
-    """A prompt that leaves no room for a reply in the context. The attribute `length` is the length of the prompt, and
-    `limit` the maximum context length, both in tokens."""
+    """A prompt that leaves no room for a reply in the context or, without `has_reply`, is itself too long for it. The
+    attribute `length` is the length of the prompt, and `limit` the maximum context length, both in tokens."""
 
-    def __init__(self, *, length: int, limit: int, param: str = "messages") -> None:
+    def __init__(self, *, length: int, limit: int, param: str = "messages", has_reply: bool = True) -> None:
+        reply = ", including at least one token of the reply" if has_reply else ""
         super().__init__(
-            f"This model's maximum context length is {limit} tokens, including at least one token of the reply; "
+            f"This model's maximum context length is {limit} tokens{reply}; "
             f"the prompt has {length} tokens. Shorten it.",
             param=param,
             code="context_length_exceeded",

@@ -4,8 +4,10 @@ makes the input tensors of the step, runs the model and samples tokens."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +16,11 @@ from jamba_server.engine.batch import SampledTokens, build_batch
 from jamba_server.engine.cache.manager import CacheCopies
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import PROMPT_LOGITS_ROWS
+from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
-from jamba_server.engine.graphs import DecodeGraphs
+from jamba_server.engine.graphs import StepGraphs
 from jamba_server.engine.models import Model
+from jamba_server.engine.out_of_memory import retried
 from jamba_server.engine.pooling.pooler import PendingVector, Pooler
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
@@ -25,6 +29,8 @@ from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,9 @@ class ModelRunner:
     `masks` computes, while the model runs, which tokens may come next in sequences that have a grammar or another
     constraint.
 
-    `graphs` runs decode steps as CUDA graphs, if graphs are enabled. `sampled` keeps the sampled tokens on the device
-    for the next step, if asynchronous scheduling is enabled. `states` copies Mamba states between the slots of running
-    sequences and the saved states.
+    `graphs` runs steps as graphs, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
+    step, if asynchronous scheduling is enabled. `tables` keeps the page tables on the device, if it is a GPU. `states`
+    copies Mamba states between the slots of running sequences and the saved states.
     """
 
     def __init__(
@@ -93,12 +99,14 @@ class ModelRunner:
         kernels: Kernels,
         masks: MaskFiller,
         *,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
         sampled: SampledTokens | None = None,
+        tables: DeviceTables | None = None,
     ) -> None:
         self.model, self.storage, self.sampler, self.kernels = model, storage, sampler, kernels
         self.masks = masks
-        self.graphs, self.sampled, self.states = graphs, sampled, state_copies(storage, kernels)
+        self.graphs, self.sampled, self.tables = graphs, sampled, tables
+        self.states = state_copies(storage, kernels)
         self.device = storage.kv.device
         self.pooler = Pooler(model)
 
@@ -114,18 +122,53 @@ class ModelRunner:
             if seq.constraint is not None and seq.constraint.restricts
         ]
         with self.masks.filling(constrained) as masks:
-            hidden, chosen = self._forward(output.chunks)
+            hidden, chosen = self._run(output.chunks)
             tokens = self._sample(chosen, rows, masks) if rows else None
         prompts, vectors = self._prompt_logprobs(output.chunks, hidden), self.pooler.launch(output.chunks, hidden)
         return PendingStep(output, tokens, prompts, vectors, restore_seconds)
 
+    @torch.inference_mode()
+    def capture_graphs(self, reply: Chunk) -> int:
+        """Captures the graphs that most requests need, before there are requests. `reply` is a chunk that decodes, with
+        page 0 and state slot 0. Returns the number of graphs."""
+        return 0 if self.graphs is None else self.graphs.capture_ladder(reply, self.sampled)
+
+    def _run(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
+        """Returns the result of `_forward`. If the memory was short, a step that only begins prompts is tried again: it
+        reads no state, so what the first attempt has written does not matter. A step of other sequences may have moved
+        some of their states on already."""
+
+        def forward() -> tuple[Tensor, Tensor]:
+            try:
+                return self._forward(chunks)
+            except BaseException:
+                if self.tables is not None:
+                    self.tables.invalidate()
+                raise
+
+        return (
+            forward() if any(chunk.start for chunk in chunks) else self._retried(forward, "a step that begins prompts")
+        )
+
+    def _retried(self, run: Callable[[], T], what: str) -> T:
+        """Returns the result of `run`, which is tried again if the memory was short. With several ranks it is not: the
+        others would wait for another exchange than this one."""
+        return run() if self.model.parts.shard.size > 1 else retried(run, what)
+
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled."""
-        if self.graphs is not None and (key := self.graphs.key(chunks)) is not None:
-            hidden = self.graphs.forward(key, chunks, self.sampled)
+        """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled. With
+        a graph, both are the latter: a graph runs only steps of which nothing else is needed."""
+        graphs = self.graphs
+        if graphs is not None and (key := graphs.key(chunks)) is not None and graphs.is_ready(key):
+            hidden = graphs.forward(key, chunks, self.sampled)
             return hidden, hidden
-        block_size = self.storage.block_size
-        batch = build_batch(chunks, block_size=block_size, device=self.device, sampled=self.sampled)
+        batch = build_batch(
+            chunks,
+            block_size=self.storage.block_size,
+            device=self.device,
+            sampled=self.sampled,
+            tables=self.tables,
+        )
         hidden = self.model.forward(batch, self.storage)
         # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
@@ -133,7 +176,8 @@ class ModelRunner:
     def _sample(
         self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None
     ) -> PendingTokens:
-        tokens = self.sampler.launch(self.model.logits(hidden), [row for row, _ in rows], masks)
+        inputs = [row for row, _ in rows]
+        tokens = self._retried(lambda: self.sampler.launch(self.model.logits(hidden), inputs, masks), "sampling")
         if self.sampled is not None:
             self.sampled.put(tokens.token_ids, [seq for _, seq in rows])
         return tokens

@@ -95,7 +95,7 @@ def validate_prompt(
     if not prompt:
         _reject(param, "is empty; it needs at least one token")
     if len(prompt) > max_model_len - min(max_tokens, 1):
-        raise ContextTooLong(length=len(prompt), limit=max_model_len, param=param)
+        raise ContextTooLong(length=len(prompt), limit=max_model_len, param=param, has_reply=max_tokens > 0)
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         position, token_id = next((i, t) for i, t in enumerate(prompt) if not 0 <= t < vocab_size)
         _reject(param, f"has token id {token_id} at position {position}; ids are 0 to {vocab_size - 1}")

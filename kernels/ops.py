@@ -37,9 +37,10 @@ class StateSaves(NamedTuple):
 
     For sequence i these are the rows `rows[start[i]:start[i+1]]`, in ascending order. The state just after row
     `rows[j]` is written to slot `slots[j]`. Rows are counted from the first row of the batch that the op receives. The
-    slots are distinct, and none is the slot of a sequence of the batch. The state after a sequence's last row is not
-    listed here, because the op always writes that state to the sequence's own slot. All tensors are int32: `start`
-    [N+1], `rows` and `slots` [number of saves].
+    slots are distinct, and none is the slot of a sequence of the batch. Entries from start[N] on are padding: their
+    slots are 0, the slot that belongs to no sequence, which may be written in any order. The state after a sequence's
+    last row is not listed here, because the op always writes that state to the sequence's own slot. All tensors are
+    int32: `start` [N+1], `rows` and `slots` [number of saves].
     """
 
     start: Tensor
@@ -51,9 +52,9 @@ class Segments(NamedTuple):
     """Says which rows of a ragged batch each sequence owns, and which slot holds each sequence's state.
 
     Sequence i owns rows `query_start[i]:query_start[i+1]` (int32 [N+1], at least one row each; the last entry is T).
-    `max_query_len` is the largest number of rows of a sequence. The state of sequence i is in slot `state_ids[i]`
-    (int32 [N]). Where `has_state[i]` (bool [N]) is false, the sequence starts from zeros. The state after the
-    sequence's last row is written to the same slot, `state_ids[i]`.
+    No sequence has more than `max_query_len` rows. The state of sequence i is in slot `state_ids[i]` (int32 [N]). Where
+    `has_state[i]` (bool [N]) is false, the sequence starts from zeros. The state after the sequence's last row is
+    written to the same slot, `state_ids[i]`.
     """
 
     query_start: Tensor
@@ -424,8 +425,7 @@ class Linear(Protocol):
     def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """Writes x [T, K] times the transpose of the packed weight [N, K] to `out`, float32 [T, N] and contiguous.
 
-        The weight is a section along K of a matrix, and must not be a `StackedWeight`. The product is not rounded to
-        dtype, because the products of all sections are added.
+        The weight is a section along K of a matrix, and no `StackedWeight`. The product is not rounded to dtype.
         """
         ...
 

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -62,9 +63,26 @@ def pytest_collection_finish() -> None:
         torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much on a machine that is busy
 
 
+STRAY = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Runs in the process that shares the tests among workers (pytest-xdist), when a worker has ended."""
+    node.config.stash.setdefault(STRAY, set()).update(getattr(node, "workeroutput", {}).get("stray", ()))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if stray_modules() and session.exitstatus == pytest.ExitCode.OK:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["stray"] = stray_modules()  # a worker tells the process that counts
+    elif stray(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def stray(config: pytest.Config) -> list[str]:
+    """The stray modules of this process and of all workers."""
+    return sorted(config.stash.get(STRAY, set[str]()).union(stray_modules()))
 
 
 def stray_modules() -> list[str]:
@@ -88,5 +106,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for folder, outcomes in sorted(counts.items()):
         words = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
         terminalreporter.line(f"{folder:<32} {words} in {seconds[folder]:.1f} s")
-    if stray := stray_modules():
-        terminalreporter.line(f"FAILED: imported past the package jamba_server: {', '.join(stray)}", red=True)
+    if names := stray(terminalreporter.config):
+        terminalreporter.line(f"FAILED: imported past the package jamba_server: {', '.join(names)}", red=True)

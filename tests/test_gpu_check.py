@@ -14,7 +14,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from benchmarks.gpu import check, engine, parity, peer_transformers, serving, sweep
+from benchmarks.gpu import (
+    check,
+    engine,
+    parity,
+    peer_transformers,
+    serving,
+    sweep,
+)
 from benchmarks.gpu.predict import Ceilings, decode_work, prefill_work
 from benchmarks.gpu.record import Job, Record
 from benchmarks.gpu.report import failures, markdown, read_parts
@@ -93,6 +100,7 @@ def test_the_engine_is_measured_and_not_measured_again(out: Path, monkeypatch: p
     decode = record.rows["tiny, int8, enable_prefix_caching=true, decode, 2"]
     assert decode["predicted"] > 0 and decode["tok_s"] > 0 and decode["bound"] == "bandwidth"
     assert {row.get("kind") for row in record.rows.values()} == {None, "decode", "prefill", "one request"}
+    assert record.rows["tiny, int8, enable_prefix_caching=true, profile, prefill, 32"]["longest"]
     assert record.runs[0]["engine"]["quantization"] == "int8"
     again = run_part("mini", out, monkeypatch, shape="tiny", format="int8", options={"enable_prefix_caching": True})
     assert (again.rows, again.runs) == (record.rows, record.runs)
@@ -116,7 +124,8 @@ def test_transformers_agrees_and_is_measured(out: Path, monkeypatch: pytest.Monk
     for name in ("WARM_UP", "STEPS"):
         monkeypatch.setattr(peer_transformers, name, 1)
     measured = run_part("parity", out, monkeypatch)
-    assert [row["passed"] for row in measured.rows.values()] == [True, True]
+    assert [row["passed"] for row in measured.rows.values()] == [True, True, True]
+    assert "experts, float32, without graphs" in measured.rows
     peer = run_part("transformers", out, monkeypatch, shape="tiny")
     assert {row["kind"] for row in peer.rows.values()} == {"decode", "prefill"}
     text = markdown("x", read_parts("x", [out]), sweep=True)
@@ -261,9 +270,12 @@ def test_each_part_has_its_jobs(tmp_path: Path) -> None:
     arguments = check.parse_arguments(["--name", "x", "--engine", "seed=1"])
     jobs = {part: check.make_jobs(part, arguments, tmp_path) for part in check.MODULES}
     names = {part: [(job.shape, job.format, job.cold) for job in found] for part, found in jobs.items()}
-    assert names["3b"] == [("3b", "bf16", True), ("3b", "bf16", False)]
-    assert names["mini"] == [("mini", "int8", False), ("mini", "bf16", False)]
-    assert [job.options for job in jobs["http"]] == [{"seed": 1}]
+    assert names["3b"] == [("3b", "bf16", True), ("3b", "bf16", False), ("3b", "bf16", False)]
+    assert [job.options["batch_invariant"] for job in jobs["3b"]] == [False, False, True]
+    assert names["mini"] == [("mini", name, False) for name in ("int8", "int8", "bf16", "bf16")]
+    assert [job.options for job in jobs["http"]] == [{"seed": 1, "batch_invariant": False}]
     assert [job.options for job in jobs["transformers"]] == [{}, {}]
+    chosen = check.parse_arguments(["--name", "x", "--engine", "batch_invariant=true"])
+    assert [job.options for job in check.make_jobs("3b", chosen, tmp_path)] == [{"batch_invariant": True}] * 2
     given = check.parse_arguments(["--name", "x", "--formats", "int4", "--shape", "tiny"])
     assert [(job.shape, job.format) for job in check.make_jobs("http", given, tmp_path)] == [("tiny", "int4")]

@@ -6,8 +6,10 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("src", "server", "engine", "kernels", "tests", "tools", "benchmarks")
@@ -20,15 +22,20 @@ PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "she
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), filename=str(path))
+@cache
+def statements() -> Sequence[tuple[Path, Function | ast.Global | ast.Import | ast.ImportFrom]]:
+    """What the tests look at, of all files. A file is parsed once."""
+    wanted = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Global, ast.Import, ast.ImportFrom)
+    found: list[tuple[Path, Any]] = []
+    for path in FILES:
+        found += [(path, node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, wanted)]
+    return found
 
 
 def functions() -> Iterator[tuple[str, Function]]:
-    for path in FILES:
-        for node in ast.walk(parse(path)):
-            if isinstance(node, Function):
-                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
+    for path, node in statements():
+        if isinstance(node, Function):
+            yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
 
 
 def is_gpu_kernel(function: Function) -> bool:
@@ -81,12 +88,11 @@ def test_no_file_is_a_drawer_for_everything() -> None:
 
 def test_nothing_pickles_and_no_function_rebinds_a_module_variable() -> None:
     found: list[str] = []
-    for path in FILES:
-        for node in ast.walk(parse(path)):
-            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-            if isinstance(node, ast.Global):
-                found.append(f"{where} global {', '.join(node.names)}")
-            found += [f"{where} imports {name}" for name in imported(node) if name.split(".")[0] in PICKLES]
+    for path, node in statements():
+        where = f"{path.relative_to(ROOT)}:{node.lineno}"
+        if isinstance(node, ast.Global):
+            found.append(f"{where} global {', '.join(node.names)}")
+        found += [f"{where} imports {name}" for name in imported(node) if name.split(".")[0] in PICKLES]
     assert found == []
 
 

@@ -1,22 +1,28 @@
 """Tests this project and measures its speed on a machine with a GPU, in one command and without a network.
 
-    python -m benchmarks.gpu.check --name h200 [--only kernels,parity,3b,mini,http,transformers,sweep,tune]
+    python -m benchmarks.gpu.check --name h200 --call first   (then second, third)
+    python -m benchmarks.gpu.check --name h200 --only kernels,sweep
     python -m benchmarks.gpu.check --name h200 --report
 
 The parts are:
 
-* kernels: runs the kernel tests on the GPU, in all dtypes;
+* probe: says what is missing on the machine, and compares the bits of products in different tiles;
 * parity: compares this engine with transformers on the same GPU, on tiny checkpoints;
-* sweep: compares every kernel with the reference in float32 at the shapes of the 3B and Mini models, and times it;
-* 3b, mini: measures decode, prefill, the first reply and a context of 256K tokens with dummy weights;
-* tune: times other tile sizes for the kernels that take most of a step's time;
+* 3b, mini: measures decode, prefill, the first reply and a context of 256K tokens with dummy weights, first with the
+  fastest kernels and then with exact ones;
+* kernels: runs the kernel tests on the GPU, in all dtypes;
 * http: measures a server under the load of `jamba bench`;
+* counters: reads the hardware counters of five kernel calls;
+* tune: times other tile sizes for the kernels that take most of a step's time;
+* sanitizer: runs tests of the Mamba and expert kernels under compute-sanitizer;
+* sweep: compares every kernel with the reference in float32 at the shapes of the 3B and Mini models, and times it;
 * transformers: measures transformers' `generate` at the same shapes.
 
 A part consists of cells, which are single measurements. Every part runs in processes of its own and writes its results
 to OUT/NAME-parts/PART.json after every cell, so nothing is lost when the time is over. A cell that has a result there,
-or in the folder --earlier, is not measured again unless it failed. `--report` writes OUT/NAME.json and OUT/NAME.md from
-all parts. All data is random, so nothing is timed on zeros.
+or in the folder --earlier, is not measured again unless it failed. A part that has used up its own time (LIMITS) makes
+room for the next one, and the same command continues it. `--report` writes OUT/NAME.json and OUT/NAME.md from all
+parts. All data is random, so nothing is timed on zeros.
 """
 
 from __future__ import annotations
@@ -46,14 +52,35 @@ from jamba_server.engine.config import EngineConfig
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MODULES = {
-    "kernels": "tests",
+    "probe": "probe",
     "parity": "parity",
     "3b": "engine",
+    "kernels": "tests",
     "mini": "engine",
     "http": "serving",
-    "transformers": "peer_transformers",
-    "sweep": "sweep",
+    "counters": "counters",
     "tune": "tune",
+    "sanitizer": "tests",
+    "sweep": "sweep",
+    "transformers": "peer_transformers",
+}
+# The parts of the first calls on a rented machine, each for ten minutes: the proof that the engine works and its first
+# figures; the large model and the server; and what a tuning of the kernels needs.
+CALLS: Mapping[str, Sequence[str]] = {
+    "first": ("probe", "parity", "3b", "kernels"),
+    "second": ("mini", "http", "counters"),
+    "third": ("tune", "sanitizer"),
+    "rest": ("kernels", "mini", "sweep", "transformers"),
+}
+# Seconds after which a part makes room for the next one. Parts that are not named have no limit of their own.
+LIMITS: Mapping[str, float] = {
+    "probe": 75,
+    "parity": 110,
+    "3b": 230,
+    "mini": 290,
+    "http": 120,
+    "counters": 90,
+    "tune": 280,
 }
 # The model shapes and weight formats that each part of the GPU check uses if the options --shape and --formats are not
 # given.
@@ -65,6 +92,10 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
     "sweep": ("3b", "mini"),
     "tune": ("3b", "mini"),
 }
+# The exactness of the kernels that these parts measure, in this order, unless --engine sets it.
+EXACTNESS: Mapping[str, Sequence[bool]] = {"3b": (False, True), "mini": (False, True), "http": (False,)}
+# Parts whose measurements do not depend on the engine's options.
+WITHOUT_OPTIONS = ("probe", "kernels", "sanitizer", "counters", "transformers", "sweep", "tune")
 DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
 MINUTES = 8.5
 GRACE_SECONDS = 25.0  # seconds that a process may take to end after SIGTERM; a process that takes longer gets SIGKILL
@@ -86,7 +117,9 @@ MARK = "GPU_CHECK_PROCESS"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="name of the result files, without extension")
-    parser.add_argument("--only", default=",".join(MODULES), help="parts to run, in this order")
+    parser.add_argument("--only", help="parts to run, in this order (default: all)")
+    parser.add_argument("--call", choices=sorted(CALLS), help="run the parts of the first, second or third call")
+    parser.add_argument("--cells", default="", help="regular expression: which calls the part tune times (. for all)")
     parser.add_argument("--report", action="store_true", help="measure nothing, but write the table and its JSON")
     parser.add_argument(
         "--engine", action="append", default=[], metavar="KEY=VALUE", help="field of EngineConfig to set (repeatable)"
@@ -107,6 +140,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parsed = parser.parse_args(arguments)
     if not (parsed.name or parsed.child):
         parser.error("--name is required")
+    if parsed.only and parsed.call:
+        parser.error("--only and --call exclude each other")
+    parsed.only = parsed.only or ",".join(CALLS[parsed.call] if parsed.call else MODULES)
     if unknown := [part for part in parsed.only.split(",") if part not in MODULES]:
         parser.error(f"--only {','.join(unknown)}: the parts are {', '.join(MODULES)}")
     return parsed
@@ -143,11 +179,19 @@ def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]
     formats: Sequence[str] = DEFAULT_FORMATS.get(part, ("bf16",))
     if arguments.formats and part in DEFAULT_FORMATS:
         formats = [Format.parse(name).name for name in arguments.formats.split(",")]
-    options = {} if part in ("kernels", "transformers", "sweep", "tune") else parse_options(arguments.engine)
-    base = msgspec.structs.replace(base, options=options)
+    options = {} if part in WITHOUT_OPTIONS else parse_options(arguments.engine)
+    base = msgspec.structs.replace(base, options=options, cells=arguments.cells)
     if not shapes:
         return [base]
-    jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
+    exactness = [{"batch_invariant": exact} for exact in EXACTNESS.get(part, ())]
+    if not exactness or "batch_invariant" in options:
+        exactness = [{}]
+    jobs = [
+        msgspec.structs.replace(base, shape=shape, format=name, options=options | exact)
+        for shape in shapes
+        for name in formats
+        for exact in exactness
+    ]
     # In the part `3b`, the first job begins with an empty kernel cache. This job measures the seconds until the first
     # reply.
     return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
@@ -304,8 +348,9 @@ def start_of(path: Path, earlier: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    deadline = time.monotonic() + 60 * arguments.minutes
+    end = time.monotonic() + 60 * arguments.minutes
     for part in arguments.only.split(","):
+        deadline = min(end, time.monotonic() + LIMITS.get(part, float("inf")))
         path = arguments.out.resolve() / f"{arguments.name}-parts" / f"{part}.json"
         start_of(path, arguments.earlier / f"{arguments.name}-parts" / f"{part}.json")
         jobs = make_jobs(part, arguments, path)
@@ -323,7 +368,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU.")
+            raise SystemExit(f"No GPU: torch {torch.__version__} sees no NVIDIA GPU. (--device cpu tries the command.)")
         measure(arguments)
     parts = read_parts(arguments.name, [arguments.out, arguments.earlier])
     if arguments.report:

@@ -20,9 +20,7 @@ from unittest import mock
 
 import torch
 
-import jamba_server.engine.quantization.quantize
 import jamba_server.kernels.triton.launch
-import jamba_server.kernels.triton.quantized
 from benchmarks.gpu.targets import Target, targets_of
 from benchmarks.gpu.variants import AS_IT_IS, Variant, applied
 
@@ -71,10 +69,6 @@ def compiling_only(capability: int) -> Generator[None]:
         for forget in (known.cache_clear,) if known is not None else ():
             forget()
             stack.callback(forget)
-        # Quantisation usually splits a weight into pieces to save memory. Tensors on the device `meta` take no memory,
-        # so the weight is not split here.
-        stack.enter_context(mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", 1 << 60))
-        stack.enter_context(mock.patch.object(jamba_server.kernels.triton.quantized, "CHUNK", 1 << 60))
         yield
 
 

@@ -38,7 +38,7 @@ DECODE_PROMPT = 4
 DECODE_SECONDS = 1.0
 STEPS = (8, 128)  # smallest and largest number of decode steps in one timed run
 LONG_STEPS = 32
-PROFILED_STEPS, PROFILED_KERNELS = 8, 15
+PROFILED_STEPS, PROFILED_KERNELS, PROFILED_PROMPT = 8, 15, 8192
 SLOW = 20.0  # a prompt whose prefill takes at least this many seconds is timed only once
 
 
@@ -247,7 +247,9 @@ def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]
     if sizes.long:
         found[job.key("one request", sizes.long)] = partial(Bench.long, length=sizes.long)
     ends = (sizes.sequences[0], sizes.sequences[-1])
-    return found | {job.key("profile, decode", n): partial(profile, count=n) for n in ends}
+    found |= {job.key("profile, decode", n): partial(profile_decode, count=n) for n in ends}
+    longest = min(PROFILED_PROMPT, sizes.prompts[-1])
+    return found | {job.key("profile, prefill", longest): partial(profile_prefill, length=longest)}
 
 
 def too_large(config: JambaConfig, job: Job) -> str | None:
@@ -263,18 +265,30 @@ def too_large(config: JambaConfig, job: Job) -> str | None:
     return f"{format_bytes(weights)} of weights; this GPU has {format_bytes(free)} free of {format_bytes(total)}"
 
 
-def profile(bench: Bench, count: int) -> dict[str, Any]:
-    """Profiles a few decode steps of `count` sequences. Returns the kernels that take the largest fractions of the
-    profiled time, each with the number of microseconds per launch."""
+def profile_decode(bench: Bench, count: int) -> dict[str, Any]:
+    """Profiles a few decode steps of `count` sequences."""
+    return profile(bench, [bench.prompt(DECODE_PROMPT) for _ in range(count)], PROFILED_STEPS + 1)
+
+
+def profile_prefill(bench: Bench, length: int) -> dict[str, Any]:
+    """Profiles the prefill of one prompt of `length` tokens, whose kernels an earlier prompt has compiled."""
+    bench.seconds([bench.prompt(length)], 1)
+    return profile(bench, [bench.prompt(length)], 1)
+
+
+def profile(bench: Bench, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Profiles replies of `tokens` tokens to `prompts`. Returns the kernels that take the largest fractions of the
+    profiled time, each with the number of microseconds per launch, and the fraction of the time in which a kernel
+    runs."""
     activity = torch.profiler.ProfilerActivity
     gpu = bench.llm.core.info.device != "cpu"
-    prompts = [bench.prompt(DECODE_PROMPT) for _ in range(count)]
     with torch.profiler.profile(activities=[activity.CUDA] if gpu else [activity.CPU]) as profiler:
-        bench.seconds(prompts, PROFILED_STEPS + 1)
+        seconds = bench.seconds(prompts, tokens)
     events: list[Any] = list(profiler.key_averages())
     kind = "device" if gpu else "cpu"
     times = {event.key: (getattr(event, f"self_{kind}_time_total"), event.count) for event in events}
     total = sum(microseconds for microseconds, _ in times.values())
     longest = sorted(times.items(), key=lambda item: -item[1][0])[:PROFILED_KERNELS]
     kernels = [{"name": name[:80], "share": us / total, "us": us / n, "count": n} for name, (us, n) in longest if us]
-    return {"profile": count, "steps": PROFILED_STEPS + 1, "busy_us": total, "longest": kernels}
+    busy = total / 1e6 / seconds
+    return {"profile": len(prompts), "steps": tokens, "busy_us": total, "busy_share": busy, "longest": kernels}

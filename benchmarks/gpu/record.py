@@ -28,7 +28,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The task of one process of the GPU check: a part of the check, with the model shape and the weight format to use.
 
     `format` is written as in `shapes.Format`. `options` are further fields of EngineConfig. A `cold` job starts without
-    compiled kernels and measures only the first reply.
+    compiled kernels and measures only the first reply. `cells` is a regular expression that chooses what the part
+    `tune` times; "" stands for the part's own choice.
     """
 
     part: str
@@ -39,6 +40,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
     cold: bool = False
     commit: str = ""
+    cells: str = ""
 
     @property
     def variant(self) -> str:
@@ -107,8 +109,8 @@ class Record:
         self.write()
 
     def forget_errors(self) -> None:
-        """Removes failed measurements from the result file, so that the next run repeats these measurements."""
-        self.rows = {key: row for key, row in self.rows.items() if "error" not in row}
+        """Removes failed measurements and failed checks from the result file, so that the next run repeats them."""
+        self.rows = {k: row for k, row in self.rows.items() if "error" not in row and row.get("passed") is not False}
         self.running = None
         self.write()
 
@@ -146,5 +148,7 @@ def conditions(job: Job) -> dict[str, Any]:
         "gpu": _said(describe_gpu),
         "machine": msgspec.to_builtins(describe_machine()),
         "versions": versions | {"cuda": cuda},
-        "job": {key: value for key, value in msgspec.to_builtins(job).items() if key not in ("path", "commit")},
+        "job": {
+            key: value for key, value in msgspec.to_builtins(job).items() if key not in ("path", "commit", "cells")
+        },
     }

@@ -72,6 +72,7 @@ def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
     sections = [checks(parts), engine(parts), replies(parts), http(parts)]
     if sweep:
         sections.append(profiles(parts))
+        sections.append(counters(parts))
         sections.append(kernels(parts))
     sections.append(tiles(parts, None if sweep else SHOWN_TILES))
     for section in sections:
@@ -121,13 +122,16 @@ def ceilings(parts: Parts) -> list[str]:
 
 def checks(parts: Parts) -> list[str]:
     lines: list[str] = []
-    for part in ("kernels", "parity"):
+    for part in ("probe", "parity", "kernels", "sanitizer"):
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
-            if "error" in row:
+            if "passed" not in row:
                 continue
-            if part == "kernels":
+            if part == "probe":
+                said = ", ".join(f"{name} {row[name]}" for name in ("products", "different") if name in row)
+                lines.append(f"| probe, {key} | {said} | {_passed(row)} |")
+            elif part in ("kernels", "sanitizer"):
                 counts = ", ".join(f"{number} {word}" for word, number in row["counts"].items())
-                lines.append(f"| kernel tests, {key} | {counts or 'none'} | {_passed(row)} |")
+                lines.append(f"| {part}, {key} | {counts or 'none'} | {_passed(row)} |")
             elif "worst" in row:
                 differ = f"{row['different']} of {row['replies']} replies differ"
                 said = f"log-probabilities within {row['worst']:.1e}, {differ}"
@@ -215,6 +219,16 @@ def profiles(parts: Parts) -> list[str]:
                 cells = [key, kernel["name"].replace("|", " "), f"{kernel['share']:.0%}", f"{kernel['us']:.1f}"]
                 lines.append(f"| {' | '.join(cells)} | {kernel['count']} |")
     return ["| profile | kernel | share | us | runs |", "| --- | --- | ---: | ---: | ---: |", *lines] if lines else []
+
+
+def counters(parts: Parts) -> list[str]:
+    """Returns the table of hardware counters, one line for each kernel, as Nsight Compute names them."""
+    lines: list[str] = []
+    for key, row in parts.get("counters", {"rows": {}})["rows"].items():
+        for kernel in row.get("kernels", ()):
+            said = "; ".join(f"{name} {value}" for name, value in kernel.items() if name != "kernel")
+            lines.append(f"| {key} | {kernel['kernel'][:60].replace('|', ' ')} | {said} |")
+    return ["| counted | kernel | counters |", "| --- | --- | --- |", *lines] if lines else []
 
 
 def kernels(parts: Parts) -> list[str]:

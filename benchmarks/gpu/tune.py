@@ -1,6 +1,9 @@
 """Runs the part `tune` of the GPU check: times the kernels that take most of a step's time, with tile sizes other than
 the default tile sizes.
 
+Unless the job says which calls to time, these are the products of decode steps, the products of prompts, and the
+experts with int8 weights (FIRST): the kernels that take most of a step.
+
 Each kernel is timed in a CUDA graph. The graph uses several copies of the arguments in turn, which together exceed the
 L2 cache, so the arguments come from memory as in a real step. The result of each variant is compared with the result of
 the unchanged kernel. Other processes compile the variants in advance.
@@ -9,19 +12,16 @@ the unchanged kernel. Other processes compile the variants in advance.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice, pairwise
 from typing import Any
-from unittest import mock
 
 import msgspec
 import torch
 
-import jamba_server.engine.quantization.quantize
 from benchmarks.gpu.cases import Case, flatten
 from benchmarks.gpu.compile import Compiler
 from benchmarks.gpu.predict import Ceilings, measure_ceilings
@@ -45,30 +45,37 @@ LEAST_RUNS, MOST_RUNS = 3, 15
 # largest allowed relative difference (a fraction) between the results of the unchanged kernel and the results of a
 # variant that adds the terms of sums in another order
 TOLERANCE = 1e-2
-QUANTIZED_CHUNK = 1 << 26  # number of elements of a weight that are quantised at once
+# The labels of the calls that are timed first: products in bfloat16 with few and with many rows, and int8 experts.
+FIRST = re.compile(
+    r"^(in_proj|out_proj|gate_up|down|qkv_proj|lm_head|x_proj), (1|8|64|2048|8192) rows$"
+    r"|^experts, int8, |^(gate_up|down) int8, (1|64|8192) rows$"
+)
 
 
 def run(job: Job, record: Record) -> None:
     if job.device == "cpu" and not interpreted():
         raise SystemExit("The part tune needs a GPU, or triton's interpreter: TRITON_INTERPRET=1.")
     targets = targets_of(job.shape, job.device)
-    wanted = targets.labels()
-    if all(job.key(label) in record.rows for label in wanted):
+    labels = targets.labels()
+    chosen = re.compile(job.cells) if job.cells else FIRST if job.shape in ("3b", "mini") else re.compile("")
+    wanted = [bool(chosen.search(label)) and job.key(label) not in record.rows for label in labels]
+    if not any(wanted):
         return
     capability = None
     if job.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
     with Compiler(job.shape, capability) as compiler:
-        compiler.submit(number for number, label in enumerate(wanted) if job.key(label) not in record.rows)
+        compiler.submit(number for number, is_wanted in enumerate(wanted) if is_wanted)
         ceilings = measure_ceilings(job.device)
         record.start_run(job, before=msgspec.to_builtins(ceilings))
         number = 0
         for group in targets.groups():
             packed: list[Any] = []
             for target in group:
-                compiler.wait(number)
-                record.cell(job.key(target.label), partial(measure, target, packed, job.device, ceilings))
+                if wanted[number]:
+                    compiler.wait(number)
+                    record.cell(job.key(target.label), partial(measure, target, packed, job.device, ceilings))
                 number += 1
         record.note(**compiler.counts)
     record.note(after=msgspec.to_builtins(measure_ceilings(job.device)))
@@ -83,8 +90,7 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
     """
     case, kernels = target.case, target.kernels()
     if not packed:
-        with quantized_at_once(device):
-            packed += [case.packed(kernels) for _ in range(copies(case, device))]
+        packed += [case.packed(kernels) for _ in range(copies(case, device))]
     bench = Bench(case, kernels, packed, device)
     expected = bench.result()
     work = target.work()
@@ -133,16 +139,6 @@ def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool)
     errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs if a.is_floating_point()]
     worst = max(errors, key=lambda e: (e != e, e))
     return max(worst, 1e-300) if same else worst
-
-
-@contextmanager
-def quantized_at_once(device: str) -> Generator[None]:
-    """Makes quantisation on a GPU split a weight into few, large pieces, so that few kernel launches are needed."""
-    if device != "cuda":
-        yield
-        return
-    with mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", QUANTIZED_CHUNK):
-        yield
 
 
 def copies(case: Case, device: str) -> int:

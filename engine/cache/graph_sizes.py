@@ -1,5 +1,5 @@
-"""The class `GraphSizes`: decides for which batch sizes (in rows) and context lengths (in tokens) decode steps are
-captured as graphs, and estimates the memory of these graphs. Works without torch."""
+"""The class `GraphSizes`: decides for which batch sizes (in rows) and context lengths (in tokens) steps are captured as
+graphs, and estimates the memory of these graphs. Works without torch."""
 
 from __future__ import annotations
 
@@ -27,22 +27,40 @@ ROW_BYTES = 3 * 8 + 2 * 4
 ATTENTION_BYTES = 64 * 1024**2
 
 
+# Steps that also compute prompts are captured for at most these numbers of prompt tokens and of prompts. With more
+# tokens, the kernels run longer than the host needs to launch them. A graph's prompts include one that is padding. Each
+# prompt of a graph may save this number of states.
+MIXED_TOKENS, MIXED_PROMPTS, SAVES_PER_PROMPT = (64, 128, 256, 512, 1024), (2, 4, 8, 16), 4
+# The numbers of rows that decode in such a step. They are fewer than those of pure decode steps, because there are also
+# several numbers of tokens and of prompts.
+MIXED_ROWS = (0, 8, 16, 32, 64, 128, 192, 256, 384, 512)
+MAX_MIXED_GRAPHS = 64  # beyond this number, further sizes of such steps run without a graph
+# The largest size of the page tables of all sequences that may run. Larger tables do not stay on the GPU, but are sent
+# with each step.
+MAX_TABLE_BYTES = 1024**3
+
+
 class GraphKey(NamedTuple):
-    """The size of a graph: its number of rows including padding rows, and the longest context, in tokens, that fits
-    into its page tables."""
+    """The size of a graph: its number of rows that decode, including padding rows, and the longest context, in tokens,
+    that fits into its page tables. If the step also computes prompts, `tokens` is the number of their rows and
+    `prompts` the number of prompts, both including padding."""
 
     rows: int
     context: int
+    tokens: int = 0
+    prompts: int = 0
 
 
 class GraphSizes:
     """The sizes of the graphs. For each number of rows there are graphs for a few context lengths; the longest context
     has `max_model_len` tokens. On a GPU the numbers of rows are 1, 2, 4, then multiples of 8, up to the smaller of
     `max_num_seqs` and MAX_ROWS. Few numbers of rows are enough on a GPU, because padding rows cost almost nothing
-    there. On a CPU there is a graph for every number of rows, because capturing a graph is fast there."""
+    there. On a CPU there is a graph for every number of rows, because capturing a graph is fast there. `mixed` says
+    whether there are graphs of steps with prompts; on a CPU there are none."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
-        on_cpu = device == "cpu"
+    def __init__(self, max_num_seqs: int, max_model_len: int, device: str, *, mixed: bool = True) -> None:
+        self._on_cpu = on_cpu = device == "cpu"
+        self._mixed = mixed and not on_cpu
         first, factor = (CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR) if on_cpu else (FIRST_CONTEXT, CONTEXT_FACTOR)
         self.contexts, self._max_tokens = [first], CPU_MAX_TOKENS if on_cpu else None
         highest = min(max_num_seqs, MAX_ROWS)
@@ -51,6 +69,8 @@ class GraphSizes:
         while self.contexts[-1] < max_model_len:
             self.contexts.append(self.contexts[-1] * factor)
         self.contexts[-1] = max_model_len
+        # the first number that is at least `highest` is replaced by it
+        self._mixed_rows = [*(rows for rows in MIXED_ROWS if rows < highest), highest]
 
     def key(self, rows: int, context: int) -> GraphKey | None:
         """Returns the size of the smallest graph that can run `rows` sequences of at most `context` tokens each.
@@ -60,19 +80,56 @@ class GraphSizes:
         rows, context = self.rows[bisect_left(self.rows, rows)], self.contexts[bisect_left(self.contexts, context)]
         return GraphKey(rows, context) if self._max_tokens is None or rows * context <= self._max_tokens else None
 
+    def mixed_key(self, rows: int, context: int, tokens: int, prompts: int) -> GraphKey | None:
+        """Returns the size of the smallest graph that can run a step of `rows` sequences that decode and `prompts`
+        prompts with `tokens` tokens in all, where no sequence has more than `context` tokens. Returns None if steps of
+        this size run without a graph.
+
+        A graph has at least one prompt more than the step. Each prompt that is padding has at least one token.
+        """
+        count = next((number for number in MIXED_PROMPTS if number > prompts), None)
+        if not self._mixed or rows > self._mixed_rows[-1] or count is None:
+            return None
+        size = next((number for number in MIXED_TOKENS if number >= tokens + count - prompts), None)
+        context = self.contexts[bisect_left(self.contexts, context)]
+        if size is None or size > context:
+            return None  # a padding prompt must fit into the page tables
+        return GraphKey(self._mixed_rows[bisect_left(self._mixed_rows, rows)], context, size, count)
+
     @property
     def keys(self) -> list[GraphKey]:
         """Returns the sizes (rows and context) of all graphs that the engine is allowed to capture."""
         keys = (self.key(rows, context) for rows in self.rows for context in self.contexts)
         return [key for key in keys if key is not None]
 
-    def input_bytes(self, block_size: int) -> int:
+    def input_bytes(self, block_size: int, *, sends_tables: bool = True) -> int:
         """Returns the size in bytes of all input arrays of the graph whose input arrays are largest. Each array is
-        aligned to 16 bytes."""
-        alignment = 6 * 16
-        return max((k.rows * (ROW_BYTES + 4 * -(-k.context // block_size)) + alignment for k in self.keys), default=0)
+        aligned to 16 bytes. If the page tables stay on the device, a row has the number of its table instead."""
+        alignment = 16 * 16
+        tables = [(k.rows, 4 * -(-k.context // block_size) if sends_tables else 8) for k in self.keys]
+        most = max((rows * (ROW_BYTES + table) + alignment for rows, table in tables), default=0)
+        if not self._mixed:
+            return most
+        prompts, context = MIXED_PROMPTS[-1], self.contexts[-1]
+        table = 4 * -(-context // block_size) if sends_tables else 8
+        # a prompt's state slot, context length, start, has_state and start of saves; a saved state's row and slot
+        each = 4 + 4 + 4 + 1 + 4 + SAVES_PER_PROMPT * 8
+        return most + MIXED_TOKENS[-1] * 3 * 8 + prompts * (each + table) + 2 * 4
+
+    @property
+    def activation_rows(self) -> int:
+        """Returns the largest number of rows of a graph."""
+        return self.rows[-1] + (MIXED_TOKENS[-1] if self._mixed else 0)
 
     def graph_bytes(self, bytes_per_row: int) -> int:
         """Returns the number of bytes that all graphs of a GPU need together. The graphs share one memory pool for
         activations. A forward pass uses `bytes_per_row` bytes of this pool for each row."""
-        return len(self.keys) * BYTES_PER_GRAPH + self.rows[-1] * bytes_per_row + ATTENTION_BYTES
+        count = len(self.keys) + (MAX_MIXED_GRAPHS if self._mixed else 0)
+        return count * BYTES_PER_GRAPH + self.activation_rows * bytes_per_row + ATTENTION_BYTES
+
+
+def table_bytes(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """Returns the size in bytes of the page tables that stay on a GPU, or 0 if they would be larger than
+    MAX_TABLE_BYTES. There is one table more than sequences, for padding."""
+    size = 4 * (max_num_seqs + 1) * -(-max_model_len // block_size)
+    return size if size <= MAX_TABLE_BYTES else 0

@@ -136,6 +136,7 @@ class SegmentFolder:
         self.usage = Usage(0, 0)
         self._known: set[str] = set()  # names that the last scan has found, whether they can be used or not
         self._scanned = 0  # modification time of the folder at the last scan, in nanoseconds
+        self._is_synchronised = True  # whether all renamings are durable
 
     def open(self) -> None:
         """Creates the folder, which only its owner can read. Raises OSError."""
@@ -215,23 +216,25 @@ class SegmentFolder:
 
     def write(self, segment: Segment, *, replace: bool = False) -> int:
         """Writes a segment, unless it is there. Returns how many bytes were written. If `replace` is true, a file that
-        is there, which cannot be used, is replaced. Raises OSError."""
+        is there, which cannot be used, is replaced. The file outlives the process from now on, and a loss of power
+        after the next call of `synchronise`. Raises OSError."""
         path = self.path_of(segment.key)
         if not replace and path.exists():
             return 0
         unfinished = self.unfinished(segment.key)
         try:
             descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb") as file:
-                written = write_segment(file, segment, self.layout, self.fingerprint, int(time.time()))
-                file.flush()
+            try:
+                written = write_segment(descriptor, segment, self.layout, self.fingerprint, int(time.time()))
                 os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             os.rename(unfinished, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
-        self._synchronise()
+        self._is_synchronised = False
         self._known.add(path.name)
         self.usage = Usage(self.usage.num_bytes + written, self.usage.num_files + 1)
         return written
@@ -244,8 +247,12 @@ class SegmentFolder:
             with contextlib.suppress(OSError):
                 os.utime(self.path_of(key), ns=(now + 1000 * number, now + 1000 * number))
 
-    def _synchronise(self) -> None:
-        """Makes the last renaming durable."""
+    def synchronise(self) -> None:
+        """Makes the names of all files that were written durable. This costs as much as a third of writing a file, so
+        it is done for several files together."""
+        if self._is_synchronised:
+            return
+        self._is_synchronised = True
         with contextlib.suppress(OSError):  # some network file systems refuse it for folders
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:

@@ -16,10 +16,10 @@ import math
 import os
 import struct
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from io import BufferedReader, BufferedWriter
+from io import BufferedReader
 from typing import Any, Final
 
 from jamba_server.engine.cache.layout import DTYPE_BYTES
@@ -28,7 +28,7 @@ from jamba_server.engine.cache.tiers.segment import TOKENS, Entry, Segment, Segm
 
 FORMAT: Final = "jamba-segment-1"
 MAX_HEADER_BYTES: Final = 1 << 20
-_CHUNK: Final = 1 << 22  # bytes that are read or written at a time
+_CHUNK: Final = 1 << 22  # bytes that are read at a time
 _NAMES: Final[Mapping[str, str]] = {
     "bfloat16": "BF16",
     "float16": "F16",
@@ -73,8 +73,8 @@ class Header:
     num_bytes: int
 
 
-def write_segment(file: BufferedWriter, segment: Segment, layout: SegmentLayout, fingerprint: str, created: int) -> int:
-    """Writes a segment to an open file and returns the number of bytes. Raises OSError."""
+def write_segment(descriptor: int, segment: Segment, layout: SegmentLayout, fingerprint: str, created: int) -> int:
+    """Writes a segment to an open file, which is empty, and returns the number of bytes. Raises OSError."""
     entry = segment.entry
     contents = {TOKENS: memoryview(array("i", segment.tokens)).cast("B"), **segment.tensors}
     table, position = dict[str, Tensor](), 0
@@ -85,12 +85,20 @@ def write_segment(file: BufferedWriter, segment: Segment, layout: SegmentLayout,
         table[name] = Tensor(_NAMES[dtype], shape, position, position + size, sha256(data).hexdigest())
         position += size
     header = _header_bytes(entry, fingerprint, layout.block_size, created, table)
-    file.write(header)
-    for name in table:
-        data = contents[name]
-        for start in range(0, data.nbytes, _CHUNK):
-            file.write(data[start : start + _CHUNK])
+    _write_all(descriptor, [memoryview(header), *(contents[name] for name in table)])
     return len(header) + position
+
+
+def _write_all(descriptor: int, parts: Sequence[memoryview]) -> None:
+    """Writes bytes one after the other to a file. One system call writes them all, unless the system writes less than
+    it was given."""
+    left = list(parts)
+    while left:
+        written = os.writev(descriptor, left)
+        while left and written >= left[0].nbytes:
+            written -= left.pop(0).nbytes
+        if left:
+            left[0] = left[0][written:]
 
 
 def _header_bytes(entry: Entry, fingerprint: str, block_size: int, created: int, table: Mapping[str, Tensor]) -> bytes:

@@ -68,6 +68,7 @@ class Arrivals:
         segment = self._rekeyed(segment)
         self.folder.reserve(segment)
         self.num_written += self.folder.write(segment) > 0
+        self.folder.synchronise()
         self._last = segment.entry
 
     def _rekeyed(self, segment: Segment) -> Segment:

@@ -113,6 +113,8 @@ class Worker:
             except queue.Empty:
                 work = self._scan
             if work is None:
+                if self._folder is not None:
+                    self._folder.synchronise()
                 return
             try:
                 work(self._folder)
@@ -137,6 +139,7 @@ class Worker:
         self._scanned = time.monotonic()
         if folder is None:
             return
+        folder.synchronise()
         try:
             found, gone = folder.scan(self._report)
         except OSError as error:

@@ -4,7 +4,7 @@ fills."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +27,11 @@ softplus is a time step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 Raw = Tensor | QuantizedWeight
 """A weight that is not packed yet."""
+
+
+Drawn = dict[int, Tensor]
+"""Dummy weights that were drawn on the device, although the memory that they should fill is on the host: maps the
+address of that memory to a tensor on the device with as many elements."""
 
 
 class Destination(NamedTuple):
@@ -91,10 +96,12 @@ Units = Iterator[Unit]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
-    """All tensors that a checkpoint may contain. Tensors named in `ignored` are accepted but not used."""
+    """All tensors that a checkpoint may contain. Tensors named in `ignored` are accepted but not used. `drawn` is that
+    of the model's `Backend`."""
 
     units: tuple[Unit, ...]
     ignored: frozenset[str]
+    drawn: Drawn = field(default_factory=dict[int, Tensor])
 
     @property
     def destinations(self) -> dict[str, Destination]:
@@ -105,7 +112,8 @@ class TensorMap:
 class Backend:
     """The kernels that compute a model, the model's dtype and device, and the policy that says which of the model's
     weights are quantised. `parts` says what this rank owns of the model, and `group` has all ranks. `prefix` is the
-    part that the names of all weights of a layer begin with."""
+    part that the names of all weights of a layer begin with. `drawn` takes the place of raw weights on the host, if
+    they are dummies that were drawn on the device."""
 
     kernels: Kernels
     dtype: torch.dtype
@@ -114,6 +122,7 @@ class Backend:
     parts: Parts
     group: Group = ALONE
     prefix: str = ""
+    drawn: Drawn = field(default_factory=dict[int, Tensor])
 
     @property
     def divides_sums(self) -> bool:
@@ -173,10 +182,16 @@ class Backend:
         quantization = self.policy.quantization_of(role)
         if quantization is None:
             return weight
-        weight, largest = weight.to(self.device), None
+        weight, largest = self._on_device(weight), None
         if divided and self.group.shard.size > 1 and FORMATS[quantization].group_size is None:
             largest = self.group.maximum(torch.maximum(weight.amax(-1), -weight.amin(-1)).float().flatten())
         return quantize(weight, quantization, largest)
+
+    def _on_device(self, weight: Tensor) -> Tensor:
+        """Returns a raw weight on the device. Drops the entry of `drawn`, so that the memory is freed when the caller
+        has quantised the weight."""
+        drawn = self.drawn.pop(weight.untyped_storage().data_ptr(), None) if self.drawn else None
+        return weight.to(self.device) if drawn is None else drawn.as_strided(weight.shape, weight.stride())
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Returns an uninitialised weight. On a CPU the weight takes physical memory only once it is written."""

@@ -109,6 +109,7 @@ class Jamba(ABC):
                 *([] if tied else [self._head.unit("")]),
             ),
             ignored=self._other_heads().union(*(layer.ignored() for layer in self._layers)),
+            drawn=self._backend.drawn,
         )
 
     def _pack_tied_head(self) -> None:

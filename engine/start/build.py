@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,18 +15,19 @@ import msgspec
 import torch
 
 from jamba_server.engine.batch import SampledTokens
-from jamba_server.engine.cache.graph_sizes import GraphSizes
+from jamba_server.engine.cache.graph_sizes import GraphSizes, table_bytes
 from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.cache.tiers.segment import SegmentLayout
 from jamba_server.engine.config import ActivationQuantization, EngineConfig
 from jamba_server.engine.core import EngineCore
+from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.disk_tier.worker import Worker
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.grammar.compiler import GrammarCompiler
 from jamba_server.engine.grammar.masks import MaskFiller
-from jamba_server.engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
+from jamba_server.engine.graphs import CudaGraph, StepGraphs, captures_prompts, free_gpu_bytes, why_no_graphs
 from jamba_server.engine.model_cache import wanted_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.model_runner import ModelRunner
@@ -34,14 +36,14 @@ from jamba_server.engine.parallel.group import Group
 from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.sampling.sampler import Sampler
-from jamba_server.engine.scheduler import Scheduler
+from jamba_server.engine.scheduler import Chunk, Scheduler
 from jamba_server.engine.start.activations import int8_activations
 from jamba_server.engine.start.contents import StoredModel, conversions, read_model
 from jamba_server.engine.start.fingerprint import WeightHash, fingerprint
 from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
-from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, check_sizes, plan_memory
+from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
 from jamba_server.engine.start.parallel import agreed, alone, choose_device, of_rank
 from jamba_server.engine.start.rank_options import check_options
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
@@ -55,6 +57,9 @@ from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.table import select
+from jamba_server.kernels.torch_ops import MAX_GATHERED_BYTES
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
 
@@ -85,9 +90,7 @@ class Loaded:
 
 
 def build_engine(
-    config: EngineConfig,
-    on_progress: OnProgress = lambda phase, fraction: None,
-    group: Group | None = None,
+    config: EngineConfig, on_progress: OnProgress = lambda phase, fraction: None, group: Group | None = None
 ) -> EngineCore:
     """Loads the model, plans the memory and returns the engine. `on_progress` is called with the name of the current
     phase and the fraction of this phase that is done. If several ranks run the model, `group` has them, and each of
@@ -115,7 +118,8 @@ def build_engine(
     plan = planned(available_bytes(device, config))
     config, more = with_host_tier(config, available_memory() - (device.type == "cpu") * plan.total_bytes)
     warnings += more
-    steps = dummy_steps(config, model_config, plan)
+    gathered = gathered_tokens(model_config, dtype.itemsize) if kernels.names["attention_prefill"] == "torch" else 0
+    steps = dummy_steps(config, model_config, plan, gathered)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
     # The grammar compiler reads the tokenizer in a thread of its own while the weights are loaded.
     tokenizer = Path(config.tokenizer or config.model)
@@ -134,6 +138,8 @@ def build_engine(
         plan = planned(plan.weight_bytes + available_bytes(device, config), measured)
         on_progress("measuring memory", 1.0)
     runner, worker = make_runner(loaded, config, plan), open_disk_tier(loaded, config, weights)
+    if device.type == "cuda" and (reply := steps.reply()) is not None:
+        capture(runner, reply, on_progress)
     core = EngineCore(
         runner,
         make_scheduler(loaded, config, plan, runner.storage, worker),
@@ -225,11 +231,12 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
         load_weights(model, Path(config.model), on_progress, phase=phase)
 
 
-def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
+def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, gathered: int = 0) -> DummySteps:
     """Returns the dummy steps, which run once so that their memory is measured and their kernels are compiled.
 
     The argument `plan` is preliminary, because it is based on an estimate of the memory. The plan made after the
     measurement may allow more or longer sequences. The dummy steps are as large as the largest steps of both plans.
+    Attention copies the keys and values of at most `gathered` tokens.
     """
     trained = model_config.max_position_embeddings
     return DummySteps(
@@ -238,7 +245,13 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
         max_model_len=min(config.max_model_len or trained, trained),
         block_size=config.block_size,
         kind="classify" if model_config.is_classifier else "generate",
+        gathered_tokens=gathered,
     )
+
+
+def gathered_tokens(model_config: JambaConfig, item_bytes: int) -> int:
+    """Returns the largest number of tokens whose keys and values torch's flash attention copies."""
+    return MAX_GATHERED_BYTES // (2 * model_config.num_key_value_heads * model_config.head_dim * item_bytes)
 
 
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
@@ -253,7 +266,9 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     ask for."""
     on_gpu, device = loaded.device.type == "cuda", loaded.device
     storage = loaded.storage(plan.num_pages, plan.num_slots, plan.num_compressed)
-    graphs = None
+    graphs, tables = None, None
+    if on_gpu and table_bytes(plan.max_num_seqs, plan.max_model_len, config.block_size):
+        tables = DeviceTables(plan.max_num_seqs, -(-plan.max_model_len // config.block_size), device)
     runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
     # On a CPU, asynchronous scheduling rules out graphs: a step that is launched before the previous step has finished
     # gathers its input tokens with a torch operation. A CPU graph can replay only this project's own kernels.
@@ -261,13 +276,29 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     # The graphs do not include what ranks exchange, and no graph of this project adds sections.
     wanted = wanted and loaded.model.parts.is_whole
     if wanted and why_no_graphs(loaded.kernels.names, device.type) is None:
-        sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type)
-        new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle()) if on_gpu else partial(NativeGraph, Arena())
-        graphs = DecodeGraphs(loaded.model, storage, sizes=sizes, new_graph=new_graph)
+        names = loaded.kernels.names
+        sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type, mixed=captures_prompts(names))
+        graphs = StepGraphs(
+            loaded.model,
+            storage,
+            sizes=sizes,
+            new_graph=partial(CudaGraph, torch.cuda.graph_pool_handle()) if on_gpu else partial(NativeGraph, Arena()),
+            tables=tables,
+            free_bytes=free_gpu_bytes if on_gpu else None,
+            bytes_per_row=bytes_per_row(loaded.model.config),
+        )
     sampled = SampledTokens(plan.max_num_seqs, device) if runs_ahead else None
-    return ModelRunner(
-        loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks, graphs=graphs, sampled=sampled
-    )
+    parts = loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks
+    return ModelRunner(*parts, graphs=graphs, sampled=sampled, tables=tables)
+
+
+def capture(runner: ModelRunner, reply: Chunk, on_progress: OnProgress) -> None:
+    """Captures the graphs of decode steps before the first request. `reply` is a dummy chunk that decodes."""
+    on_progress("capturing graphs", 0.0)
+    started = time.monotonic()
+    count = runner.capture_graphs(reply)
+    logger.info("captured %d CUDA graphs in %.1f s", count, time.monotonic() - started)
+    on_progress("capturing graphs", 1.0)
 
 
 def make_info(

@@ -77,7 +77,8 @@ def usable_memory(memory: DeviceMemory, utilization: float) -> int:
 class DummySteps:
     """Builds dummy steps of the sizes that decide how much memory a step needs and which kernels it runs. The steps use
     only KV page 0 and state slot 0, which no sequence owns. `kind` is the kind of their requests: a classifier samples
-    no tokens."""
+    no tokens. `gathered_tokens` is the largest number of tokens whose keys and values attention copies, or 0 if it
+    copies none."""
 
     def __init__(
         self,
@@ -87,7 +88,9 @@ class DummySteps:
         max_model_len: int,
         block_size: int,
         kind: RequestKind = "generate",
+        gathered_tokens: int = 0,
     ) -> None:
+        self._gathered_tokens = gathered_tokens
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs, self._max_model_len, self.block_size = max_num_seqs, max_model_len, block_size
         self._kind: RequestKind = kind
@@ -101,15 +104,18 @@ class DummySteps:
 
     def largest(self) -> Iterator[SchedulerOutput]:
         """Yields the steps that need the most memory: prompts that fill a step, the last chunk of the longest prompt,
-        and a full batch of decodes at the end of the longest context. The smallest step, a decode of one sequence,
-        follows, because it might run other kernels than the large steps."""
+        the last chunk of the longest prompt whose keys and values attention copies (it copies none of longer ones), and
+        a full batch of decodes at the end of the longest context. The smallest step, a decode of one sequence, follows,
+        because it might run other kernels than the large steps."""
         # The step gets `max_num_seqs` additional prompt tokens, as substitutes for the decodes that can run in the same
         # step.
         yield self._output(self.prompts(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len))
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
-            first = max(self._max_model_len - self.max_num_batched_tokens, 0)
-            yield self._output([self._chunk(longest, first, self._max_model_len)])
+            for end in (self._max_model_len, self._gathered_tokens):
+                if 0 < end <= self._max_model_len:
+                    first = max(end - self.max_num_batched_tokens, 0)
+                    yield self._output([self._chunk(longest, first, end)])
             yield self._output([self._chunk(longest, last, last + 1)] * self.max_num_seqs)
             yield self._output([self._chunk(self._sequence(2), 1, 2)])
 
@@ -132,6 +138,12 @@ class DummySteps:
             yield self._output(self.prompts(count, 1))
         for copies in ([(0, 0)], [(0, 0)] * 2):
             yield SchedulerOutput(tuple(self.prompts(1, 1)), CacheCopies(pages=copies, states=copies, saves=copies), ())
+
+    def reply(self) -> Chunk | None:
+        """Returns a chunk that decodes a sequence of two tokens, or None if no sequence decodes."""
+        if self._max_model_len == 1 or not self._params.max_tokens:
+            return None
+        return self._chunk(self._sequence(2), 1, 2)
 
     def prompts(self, tokens: int, longest: int) -> list[Chunk]:
         """Returns as few prompts as possible that have `tokens` tokens in total. No prompt is longer than `longest`

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jamba_server.engine.cache.graph_sizes import GraphSizes
+from jamba_server.engine.cache.graph_sizes import GraphSizes, table_bytes
 from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import PROMPT_LOGITS_ROWS, EngineConfig
@@ -55,7 +55,8 @@ LOGITS_COPIES = 3  # arrays of the sampler: logits, their log-softmax, and a sor
 class MemoryPlan:
     """The sizes that the engine allocates. Each of the numbers `num_pages`, `num_slots` and `num_compressed` includes a
     dummy unit with id 0. There are enough pages for one sequence of `max_model_len` tokens, plus one page.
-    `num_compressed` is the number of compressed saved states; if it is 0, saved states are kept uncompressed in slots.
+    `table_bytes` is the size of the page tables that stay on a GPU. `num_compressed` is the number of compressed saved
+    states; if it is 0, saved states are kept uncompressed in slots.
     `warnings` has a text for each size that is smaller than requested."""
 
     max_model_len: int
@@ -69,6 +70,7 @@ class MemoryPlan:
     state_bytes: int
     num_compressed: int = 0
     graph_bytes: int = 0
+    table_bytes: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
@@ -78,7 +80,8 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes + self.graph_bytes + self.kv_bytes + self.state_bytes
+        temporary = self.activation_bytes + self.graph_bytes + self.table_bytes
+        return self.weight_bytes + temporary + self.kv_bytes + self.state_bytes
 
 
 class Measured(NamedTuple):
@@ -155,6 +158,11 @@ def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_nu
     return fixed + per_token * (max_num_batched_tokens + max_num_seqs)
 
 
+def bytes_per_row(config: JambaConfig) -> int:
+    """Returns an estimate of the bytes that a forward pass needs for each token."""
+    return _activation_terms(config, 0)[0]
+
+
 def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]:
     """Returns (bytes for each token of the batch, bytes for each forward pass). The first number is the size of the
     residual stream plus the size of the activations of one layer, of the kind whose activations are largest. The second
@@ -188,10 +196,11 @@ class _Planner:
         activations = activation_bytes(self.config, max_num_batched_tokens=batched, max_num_seqs=max_num_seqs)
         activations = activations if self.measured is None else self.measured.activation_bytes
         graphs = self._graph_bytes(max_num_seqs, max_model_len)
-        limit = max(free - activations - graphs, 0)
+        tables = table_bytes(max_num_seqs, max_model_len, self.spec.block_size) if self.device == "cuda" else 0
+        limit = max(free - activations - graphs - tables, 0)
         explicit = self.engine.kv_cache_memory_bytes
         budget = limit if explicit is not None else int(limit * CACHE_SHARE[self.device])
-        self._check_minimum(budget, weight_bytes, activations + graphs, limit)
+        self._check_minimum(budget, weight_bytes, activations + graphs + tables, limit)
         max_num_seqs = self._running_slots(max_num_seqs, budget)
         num_slots = self.fixed_slots + max_num_seqs
         rest = budget - num_slots * self.spec.bytes_per_slot - self.compresses * self.spec.bytes_per_saved_state
@@ -212,6 +221,7 @@ class _Planner:
             kv_bytes=num_pages * self.spec.bytes_per_page,
             state_bytes=state_bytes,
             graph_bytes=graphs,
+            table_bytes=tables,
             warnings=tuple(self.warnings),
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from jamba_server.engine.checkpoint import Checkpoint, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.in_file import InFile, not_finite
-from jamba_server.engine.layers.parameter import Fill, Raw, TensorMap, Unit
+from jamba_server.engine.layers.parameter import Drawn, Fill, Raw, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.pieces import Piece, cut
 from jamba_server.engine.quantization import stored
@@ -34,9 +34,10 @@ _DECIDED_BY: Final = {
     "mamba.out_proj.bias": "mamba_proj_bias",
     HEAD: "tie_word_embeddings",
 }
-# How many random numbers are drawn at a time. These numbers take 4 MiB in float32, and several arrays of this size fit
-# into a CPU's cache.
+# How many random numbers are drawn at a time. On a CPU these numbers take 4 MiB in float32, and several arrays of this
+# size fit into a CPU's cache. On a GPU they take 64 MiB, which is enough to occupy the GPU fully.
 _CHUNK: Final = 1 << 20
+_GPU_CHUNK: Final = 1 << 24
 # The difference between the hash inputs of two successive random numbers: 2**32 / golden ratio, as int32. The
 # difference is odd, so its multiples modulo 2**32 reach every int32.
 _STEP: Final = 0x9E3779B9 - 2**32
@@ -243,21 +244,28 @@ def dummy_weights(model: Model, seed: int) -> None:
     on all devices, and in all dtypes up to rounding. The numbers are drawn on the model's device. The weights are
     quantised and packed as in `load_weights`.
     """
-    units = deque(model.tensor_map().units)
+    tensor_map = model.tensor_map()
+    units, drawn = deque(tensor_map.units), tensor_map.drawn
+    del tensor_map  # it has references to the raw weights, which must be freed one by one
     devices = [_values(data).device for unit in units for data, *_ in unit.destinations.values()]
-    # Raw weights that will be quantised are in host memory. If the model runs on a GPU, the random numbers for these
-    # weights are still drawn on the GPU, because a GPU draws billions of numbers much faster than a CPU.
+    # Raw weights that will be quantised are in host memory. If the model runs on a GPU, these weights are drawn and
+    # quantised on the GPU, which does both much faster than a CPU. Copying them to the host and back would take most of
+    # the time that a large model needs to load.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
-        pack = fill_unit(units.popleft(), seed, device)
+        pack = fill_unit(units.popleft(), seed, device, drawn)
         pack()
 
 
-def fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]:
+def fill_unit(unit: Unit, seed: int, device: torch.device, drawn: Drawn) -> Callable[[], None]:
     """Fills the tensors of `unit` and returns its `pack` function. The caller must drop its own reference to the unit
-    before it calls `pack`, so that the raw weights can be freed."""
+    before it calls `pack`, so that the raw weights can be freed. Tensors in the memory of another device are not
+    filled: tensors on `device` that take their place are added to `drawn`. A rank draws whole tensors and keeps its
+    pieces of them."""
     for name, (data, fill, piece) in unit.destinations.items():
         assert isinstance(data, Tensor), "a model with dummy weights keeps no quantised matrices of a checkpoint"
+        if data.device != device:
+            data = _stand_in(data, device, drawn)
         key = struct.unpack("<2i", hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest())
         if piece is None:
             _fill(data, fill, key, device)
@@ -267,6 +275,16 @@ def fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]
         _fill(whole := data.new_empty(shape), fill, key, device)
         data.copy_(piece.cut_tensor(whole))
     return unit.pack
+
+
+def _stand_in(data: Tensor, device: torch.device, drawn: Drawn) -> Tensor:
+    """Returns a tensor on `device` with the shape and the strides of `data`, a view of a raw weight on the host. The
+    views of one raw weight share memory on `device` as they do on the host."""
+    storage = data.untyped_storage()
+    if storage.data_ptr() not in drawn:
+        size = storage.nbytes() // data.itemsize
+        drawn[storage.data_ptr()] = torch.empty(size, dtype=data.dtype, device=device)
+    return drawn[storage.data_ptr()].as_strided(data.shape, data.stride(), data.storage_offset())
 
 
 def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) -> None:
@@ -292,7 +310,7 @@ def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch
     constant times an integer hash of `key` and the index of the number, so the number is the same on all devices. The
     numbers are drawn in chunks on `device`, so that memory never holds a second copy of a big tensor."""
     width = data.numel() // len(data)
-    rows = min(len(data), max(1, _CHUNK // width))
+    rows = min(len(data), max(1, (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // width))
     steps = torch.arange(rows * width, dtype=torch.int32, device=device) * _STEP
     bits, scratch = torch.empty_like(steps), torch.empty_like(steps)
     numbers = torch.empty(rows * width, device=device)

@@ -33,6 +33,7 @@ MODULES: Final[Mapping[str, str]] = {
     "doctor": "jamba_server.server.cli.doctor",
     "convert": "jamba_server.server.cli.convert",
     "cache": "jamba_server.server.cli.cache",
+    "sessions": "jamba_server.server.cli.sessions",
 }
 
 

@@ -53,7 +53,7 @@ Session = Annotated[
         show_default=False,
     ),
 ]
-_SESSION = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_SESSION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
 
 class Partner(Protocol):
@@ -220,7 +220,10 @@ def _check_session(name: str, url: str | None) -> None:
     if url is None:
         raise ConfigError(f"--session {name} needs the URL of a server; a model loaded by this command keeps none.")
     if _SESSION.fullmatch(name) is None:
-        raise ConfigError(f"--session is {name!r}; it must have 1 to 64 letters, digits, dots, dashes or underscores.")
+        raise ConfigError(
+            f"--session is {name!r}; it must have 1 to 64 letters, digits, dots, dashes or underscores, and may not "
+            "begin with a dot."
+        )
 
 
 def _write_dimmed(text: str) -> None:

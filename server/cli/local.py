@@ -75,22 +75,9 @@ class LocalModel:
         override = None if config.chat_template is None else Path(config.chat_template)
         template = ChatTemplate.from_folder(folder, tokenizer, override)
         defaults = GenerationDefaults.of(folder)
-        with LoadProgress(console) as progress:
-            client = EngineClient(
-                replace(config, max_num_seqs=1).engine(folder),
-                engine_timeout=config.engine_timeout,
-                load_timeout=config.load_timeout,
-                on_progress=progress.update,
-            )
-            try:
-                info = await client.start()
-            except BaseException:
-                await client.close()
-                raise
+        client = await start_engine(replace(config, max_num_seqs=1), folder, console)
         model = cls(client, tokenizer, template, defaults)
         try:
-            for warning in info.warnings:
-                logger.warning("%s", warning)
             yield model
         finally:
             await client.close()
@@ -178,6 +165,26 @@ class LocalModel:
             params=prompt.params,
             save_positions=prompt.save_positions,
         )
+
+
+async def start_engine(config: ServerConfig, folder: Path, console: Console) -> EngineClient:
+    """Loads the model in `folder` in a process of its own, which the caller must close, and shows the progress on
+    `console`. Raises ConfigError."""
+    with LoadProgress(console) as progress:
+        client = EngineClient(
+            config.engine(folder),
+            engine_timeout=config.engine_timeout,
+            load_timeout=config.load_timeout,
+            on_progress=progress.update,
+        )
+        try:
+            info = await client.start()
+        except BaseException:
+            await client.close()
+            raise
+    for warning in info.warnings:
+        logger.warning("%s", warning)
+    return client
 
 
 def _piece(part: Part) -> str | Reasoning:

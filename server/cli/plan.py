@@ -19,8 +19,10 @@ from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import wanted_layout
+from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.parallel.costs import Exchanges, exchanges
 from jamba_server.engine.parallel.shards import Parts
+from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.contents import StoredModel, conversions, read_plan
 from jamba_server.engine.start.machine import available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import (
@@ -182,19 +184,13 @@ def make_report(
     maps a number of running sequences to measured tokens per second. Raises ConfigError for a text that is not a size.
     """
     model = stored.config
-    device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
+    ranks = engine.tensor_parallel_size
+    device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization, ranks)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = policy_of(engine, model)
-    check_options(engine)
-    ranks = engine.tensor_parallel_size
-    size, shards = DTYPE_BYTES[dtype], [shard_of(engine, rank) for rank in range(ranks)]
-    parts = max(
-        (Parts.of(model, shard, policy) for shard in shards),
-        key=lambda own: rank_weight_bytes(model, size, parts=own, policy=policy),
-    )
-    weights = rank_weight_bytes(model, size, parts=parts, policy=policy)
+    parts = largest_parts(model, engine, policy)
+    weights = rank_weight_bytes(model, DTYPE_BYTES[dtype], parts=parts, policy=policy)
     layout = wanted_layout(model, engine, parts)
-    available = available // ranks if device == "cpu" else available  # the ranks on a CPU share its memory
     spec = CacheSpec.of(layout)
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
@@ -217,7 +213,7 @@ def make_report(
         architecture=model.architecture,
         parameters=model.num_parameters(),
         ranks=ranks,
-        exchanges=exchanges(model, parts.shard, size),
+        exchanges=exchanges(model, parts.shard, DTYPE_BYTES[dtype]),
         dtype=dtype,
         quantization=policy.quantization,
         quantize_mamba=policy.mamba,
@@ -236,8 +232,19 @@ def make_report(
     )
 
 
-def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
-    """Returns the device's name, and the size in bytes of the memory that the server is allowed to use on the device.
+def largest_parts(model: JambaConfig, engine: EngineConfig, policy: QuantizationPolicy) -> Parts:
+    """Returns what the rank owns that has most weights. Raises ConfigError if the model cannot be divided."""
+    check_options(engine)
+    shards = [shard_of(engine, rank) for rank in range(engine.tensor_parallel_size)]
+    return max(
+        (Parts.of(model, shard, policy) for shard in shards),
+        key=lambda own: rank_weight_bytes(model, 1, parts=own, policy=policy),
+    )
+
+
+def find_memory(device: Device, memory: str | None, utilization: float, ranks: int = 1) -> tuple[str, int]:
+    """Returns the device's name, and the size in bytes of the memory that a rank of the server is allowed to use on the
+    device. Each rank has a GPU of its own, and the `ranks` on a CPU share its memory.
 
     `memory` is the size of the device's memory as text. If it is None, the free memory of the first GPU or of this
     machine is used.
@@ -249,12 +256,12 @@ def find_memory(device: Device, memory: str | None, utilization: float) -> tuple
             size = parse_size(memory)
         except ValueError:
             raise ConfigError(f"--memory is {memory!r}; it must be a size such as 80GiB.") from None
-        return name, usable_bytes(size, size, utilization) if name == "cuda" else size
+        return name, usable_bytes(size, size, utilization) if name == "cuda" else size // ranks
     if name == "cuda" and on_gpu is None:
         raise ConfigError(
             "--device is cuda, but nvidia-smi finds no GPU here: say how much memory it has with --memory."
         )
-    return name, available_memory() if on_gpu is None else usable_bytes(*on_gpu, utilization)
+    return name, available_memory() // ranks if on_gpu is None else usable_bytes(*on_gpu, utilization)
 
 
 def gpu_memory() -> tuple[int, int] | None:

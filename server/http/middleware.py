@@ -42,6 +42,7 @@ MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; v
 # context. While a body is parsed and validated, all other requests wait, for about 0.2 us per value of the body.
 MAX_JSON_VALUES = 524_288
 MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; an unknown name is compared with all known names
+MAX_JSON_DIGITS = 4300  # maximum number of digits of a whole number, which is Python's own limit
 MAX_LOGGED_PATH_CHARS = 256
 # Maximum size, in bytes, of a body that is checked in the event loop. A larger body is checked in a thread, because its
 # check would block the event loop too long.
@@ -51,6 +52,9 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
 # time of a search is proportional to the length of the text.
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+# A body with a too long number has the text _LONG_NUMBER if all its digits are replaced by 0. The search for a text
+# takes a time proportional to the length of the body, unlike that for a regular expression with a count.
+_TO_ZERO, _LONG_NUMBER = bytes.maketrans(b"123456789", b"0" * 9), b"0" * (MAX_JSON_DIGITS + 1)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
 PAGE_PATH = "/page"  # the folder of the files that the chat page loads
@@ -257,49 +261,55 @@ def clean_request_id(sent: str) -> str:
     return _NOT_IN_REQUEST_ID.sub("", sent[:MAX_REQUEST_ID_CHARS]) or uuid.uuid4().hex
 
 
-def check_json(body: bytes) -> None:
+def check_json(body: bytes, *, name: str = "body") -> None:
     """Raises RequestRejected for bodies that a JSON parser accepts but that would do harm after parsing.
 
-    These bodies are not in UTF-8, are nested too deeply, have too many values, fields or containers, or have one half
-    of a UTF-16 surrogate pair without the other half.
+    These bodies are not in UTF-8, are nested too deeply, have too many values, fields or containers, have a number with
+    too many digits, or have one half of a UTF-16 surrogate pair without the other half. Error messages call the body by
+    the word `name`.
     """
     try:
         body.decode()
     except UnicodeDecodeError as exc:
-        raise RequestRejected(f"The body is not valid UTF-8 at byte {exc.start}.", code="invalid_json") from exc
+        raise RequestRejected(f"The {name} is not valid UTF-8 at byte {exc.start}.", code="invalid_json") from exc
     if b"\0" in body:  # JSON in UTF-16 or UTF-32 has zero bytes; JSON in UTF-8 has no zero bytes
-        raise RequestRejected("The body has zero bytes; it must be JSON in UTF-8.", code="invalid_json")
+        raise RequestRejected(f"The {name} has zero bytes; it must be JSON in UTF-8.", code="invalid_json")
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
-        _check_structure(body)
+        _check_structure(body, name)
     if body.count(b",") >= MAX_JSON_VALUES or body.count(b":") > MAX_JSON_NAMES:
-        _check_numbers(body)
+        _check_numbers(body, name)
+    if _LONG_NUMBER in body.translate(_TO_ZERO) and _LONG_NUMBER in _JSON_STRING.sub(b"", body).translate(_TO_ZERO):
+        raise RequestRejected(
+            f"The {name} has a number with more digits than the limit of {MAX_JSON_DIGITS}.", code="invalid_json"
+        )
     if _SURROGATE_ESCAPE.search(body):
         _check_surrogates(body)
 
 
-def _check_structure(body: bytes) -> None:
+def _check_structure(body: bytes, name: str) -> None:
     brackets = _JSON_STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
     depth = 0
     for bracket in brackets[: 2 * MAX_JSON_CONTAINERS]:
         depth += 1 if bracket in b"[{" else -1
         if depth > MAX_JSON_DEPTH:
-            raise RequestRejected(f"The body nests deeper than the limit of {MAX_JSON_DEPTH}.", code="invalid_json")
+            raise RequestRejected(f"The {name} nests deeper than the limit of {MAX_JSON_DEPTH}.", code="invalid_json")
     if len(brackets) > 2 * MAX_JSON_CONTAINERS:
         raise RequestRejected(
-            f"The body has more objects and lists than the limit of {MAX_JSON_CONTAINERS}.", code="invalid_json"
+            f"The {name} has more objects and lists than the limit of {MAX_JSON_CONTAINERS}.", code="invalid_json"
         )
 
 
-def _check_numbers(body: bytes) -> None:
+def _check_numbers(body: bytes, name: str) -> None:
     structure = _JSON_STRING.sub(b"", body)
     if structure.count(b",") >= MAX_JSON_VALUES:
         raise RequestRejected(
-            f"The body has more values than the limit of {MAX_JSON_VALUES}, in all of its lists and objects together.",
+            f"The {name} has more values than the limit of {MAX_JSON_VALUES}, in all of its lists and objects "
+            "together.",
             code="invalid_json",
         )
     if structure.count(b":") > MAX_JSON_NAMES:
         raise RequestRejected(
-            f"The body has more fields than the limit of {MAX_JSON_NAMES}, in all of its objects together.",
+            f"The {name} has more fields than the limit of {MAX_JSON_NAMES}, in all of its objects together.",
             code="invalid_json",
         )
 

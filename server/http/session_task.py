@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from jamba_server.server.http.chat_task import ChatTask
 from jamba_server.server.http.response_task import chat_task
@@ -22,9 +24,14 @@ async def conversation(response_id: str, owner: str, services: Services, body: G
     head = json.loads((await services.responses.get(response_id, owner)).response)
     limit = services.config.max_body_bytes
     history = await services.responses.conversation(response_id, owner, max_bytes=limit)
-    same = ResponseRequest.model_validate(
-        {"input": "-", "instructions": head["instructions"], "tools": head["tools"] or None}
-    )
+    same = continuing_request(head)
     return replace(
         chat_task(same, FunctionNames.of(same.declared_tools), history), body=body, add_generation_prompt=False
     )
+
+
+def continuing_request(response: Mapping[str, Any]) -> ResponseRequest:
+    """Returns a request with the instructions and tools of a stored response, which is given as JSON. Raises
+    ValidationError if a request may not have them."""
+    body = {"input": "-", "instructions": response["instructions"], "tools": response["tools"] or None}
+    return ResponseRequest.model_validate(body)

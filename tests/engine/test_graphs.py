@@ -4,6 +4,7 @@ eager engine."""
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from jamba_server.engine.batch import ForwardBatch
-from jamba_server.engine.cache.graph_sizes import GraphKey, GraphSizes
+from jamba_server.engine.batch import ForwardBatch, table_arrays
+from jamba_server.engine.cache.graph_sizes import BYTES_PER_GRAPH, SAVES_PER_PROMPT, GraphKey, GraphSizes
 from jamba_server.engine.cache.storage import CacheStorage
-from jamba_server.engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
+from jamba_server.engine.device_tables import DeviceTables
+from jamba_server.engine.graphs import CudaGraph, StepGraphs, captures_prompts, why_no_graphs
+from jamba_server.engine.scheduler import Chunk
+from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.staging import ALIGNMENT, cut, pack, packed_bytes
-from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.start.memory import DummySteps
+from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.kernels.table import OPS
 from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, FORMATS, result
@@ -61,12 +66,16 @@ def load(folder: Path, **settings: Any) -> LLM:
     return LLM(folder, load_format="dummy", **defaults | settings)
 
 
-def with_graphs(llm: LLM) -> list[str]:
-    """Gives the engine graphs, and returns the list of what happens to them."""
+def with_graphs(llm: LLM, *, mixed: bool = False, tables: bool = True, **more: Any) -> list[str]:
+    """Gives the engine graphs and page tables as on a GPU, and returns the list of what happens to the graphs."""
     log: list[str] = []
     runner, info = llm.core.model_runner, llm.core.info
-    sizes = GraphSizes(info.max_num_seqs, info.max_model_len, "cuda")
-    runner.graphs = DecodeGraphs(runner.model, runner.storage, sizes=sizes, new_graph=lambda: Recorded(log))
+    sizes = GraphSizes(info.max_num_seqs, info.max_model_len, "cuda", mixed=mixed)
+    if tables:
+        runner.tables = DeviceTables(info.max_num_seqs, -(-info.max_model_len // info.block_size), runner.device)
+    runner.graphs = StepGraphs(
+        runner.model, runner.storage, sizes=sizes, new_graph=lambda: Recorded(log), tables=runner.tables, **more
+    )
     return log
 
 
@@ -145,11 +154,124 @@ def test_an_interrupted_capture_leaves_nothing_behind(folder: Path, monkeypatch:
     assert [result(completion) for completion in completions] == [result(completion) for completion in expected]
 
 
-def test_steps_with_prompts_run_without_a_graph(folder: Path) -> None:
+def test_steps_with_prompts_run_without_a_graph_where_their_kernels_cannot_be_captured(folder: Path) -> None:
     llm = load(folder)
     log = with_graphs(llm)
-    llm.generate(PROMPTS[:6], SamplingParams(max_tokens=1, temperature=0.0))
+    for _ in range(3):
+        llm.generate(PROMPTS[:6], SamplingParams(max_tokens=1, temperature=0.0))
     assert log == []
+    assert not captures_prompts(dict.fromkeys(OPS, "triton") | {"selective_scan": "reference"})
+    assert captures_prompts(dict.fromkeys(OPS, "triton") | {"attention_prefill": "torch"})
+
+
+# Steps with prompts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_replays_of_steps_with_prompts_equal_eager_steps(folder: Path, ahead: bool, tables: bool) -> None:
+    """Long prompts run in chunks beside replies, states are saved within chunks, and prefixes come from the cache."""
+    settings = {"max_num_batched_tokens": 40, "max_num_seqs": 6}
+    eager, graphed = load(folder, **settings), load(folder, **settings, async_scheduling=ahead)
+    log = with_graphs(graphed, mixed=True, tables=tables)
+    longer = [[*PROMPTS[3], *prompt, *PROMPTS[5]] for prompt in PROMPTS]
+    for prompts in (PROMPTS, longer, longer[::-1]):
+        for params in (GREEDY, SAMPLED):
+            expected = [result(completion) for completion in eager.generate(prompts, params)]
+            assert [result(completion) for completion in graphed.generate(prompts, params)] == expected
+    graphs = graphed.core.model_runner.graphs
+    assert graphs is not None
+    kinds = {(bool(key.rows), key.prompts) for key in graphs.captured if key.prompts}
+    assert {(True, 2), (True, 4)} <= kinds
+    assert {key.tokens for key in graphs.captured} == {0, 64}
+    assert log.count("capture") == len(graphs.captured)
+    assert log.count("replay") > 200
+
+
+def test_padding_of_prompts_touches_nothing_that_a_sequence_owns(folder: Path) -> None:
+    eager, graphed = load(folder, max_num_batched_tokens=40), load(folder, max_num_batched_tokens=40)
+    log = with_graphs(graphed, mixed=True)
+    for llm in (eager, graphed):
+        storage = llm.core.model_runner.storage
+        for tensor in (storage.kv, storage.conv, storage.ssm):
+            tensor.fill_(7.0)
+        for prompts in (PROMPTS[:5], PROMPTS[5:16], PROMPTS):
+            llm.generate(prompts, GREEDY)
+    assert log.count("replay") > 10
+    ours, theirs = graphed.core.model_runner.storage, eager.core.model_runner.storage
+    for name in ("kv", "conv", "ssm"):
+        assert torch.equal(getattr(ours, name)[1:], getattr(theirs, name)[1:])
+
+
+def test_what_needs_all_hidden_states_runs_without_a_graph(folder: Path) -> None:
+    eager, graphed = load(folder), load(folder)
+    log = with_graphs(graphed, mixed=True)
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+    for _ in range(3):
+        expected = [completion.prompt_logprobs for completion in eager.generate(PROMPTS[:3], params)]
+        assert [completion.prompt_logprobs for completion in graphed.generate(PROMPTS[:3], params)] == expected
+    assert log == []
+
+
+def test_a_size_with_prompts_is_captured_when_it_comes_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = SamplingParams(max_tokens=1, temperature=0.0)
+    llm = load(folder, enable_prefix_caching=False)
+    log = with_graphs(llm, mixed=True)
+    lengths = [prompt[:20] for prompt in PROMPTS if len(prompt) >= 20]
+    for prompt in lengths[:4]:
+        llm.generate([prompt], one)
+    assert log == ["capture", "replay", "replay"]
+    monkeypatch.setattr("jamba_server.engine.graphs.MAX_MIXED_GRAPHS", 1)
+    for _ in range(3):
+        llm.generate(lengths[:3], one)  # another size, and there are as many graphs as there may be
+    assert log == ["capture", "replay", "replay"]
+
+
+# Memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_short_memory_means_no_graph_and_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    eager, graphed = load(folder), load(folder)
+
+    def free() -> int:
+        """There is room for graphs of 10 rows in all."""
+        graphs = graphed.core.model_runner.graphs
+        taken = 0 if graphs is None else max((key.rows + key.tokens for key in graphs.captured), default=0)
+        return BYTES_PER_GRAPH + (10 - taken) * 1000
+
+    log = with_graphs(graphed, mixed=True, free_bytes=free, bytes_per_row=1000)
+    for count in (8, 16, 9, 16):
+        expected = [result(completion) for completion in eager.generate(PROMPTS[:count], GREEDY)]
+        assert [result(completion) for completion in graphed.generate(PROMPTS[:count], GREEDY)] == expected
+    graphs = graphed.core.model_runner.graphs
+    assert graphs is not None
+    assert {key.rows + key.tokens for key in graphs.captured} <= set(range(9))
+    assert log.count("capture") == len(graphs.captured) > 0
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"and {free()} are free" in warning
+    assert "gpu_memory_utilization" in warning
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_graphs_of_short_contexts_are_captured_before_the_first_request(folder: Path, ahead: bool) -> None:
+    eager, graphed = load(folder), load(folder, async_scheduling=ahead)
+    log = with_graphs(graphed)
+    runner = graphed.core.model_runner
+    storage = runner.storage
+    for tensor in (storage.kv, storage.conv, storage.ssm):
+        tensor.fill_(7.0)
+    steps = DummySteps(max_num_batched_tokens=64, max_num_seqs=MAX_NUM_SEQS, max_model_len=512, block_size=16)
+    reply = steps.reply()
+    assert reply is not None
+    assert runner.capture_graphs(reply) == 6
+    assert log == ["capture"] * 6
+    assert runner.graphs is not None
+    assert runner.graphs.captured == {GraphKey(rows, 512) for rows in (1, 2, 4, 8, 16, 18)}
+    for tensor in (storage.kv, storage.conv, storage.ssm):
+        assert bool((tensor[1:] == 7).all())
+    expected = [result(completion) for completion in eager.generate(PROMPTS, GREEDY)]
+    assert [result(completion) for completion in graphed.generate(PROMPTS, GREEDY)] == expected
+    assert log.count("capture") == 6
 
 
 # Sizes ------------------------------------------------------------------------------------------------------------
@@ -175,18 +297,34 @@ def test_the_smallest_graph_with_room_is_taken() -> None:
     assert sizes.key(249, 32_768) == GraphKey(256, 32_768)
     assert sizes.key(257, 1) is None
     assert sizes.key(249, 262_144) == GraphKey(256, 262_144)
-    assert {sizes.key(rows, context) for rows, context in sizes.keys} == set(sizes.keys)
+    assert {sizes.key(key.rows, key.context) for key in sizes.keys} == set(sizes.keys)
 
 
 def test_all_graphs_together_take_a_small_part_of_a_gpu() -> None:
     # the 3B model's widest layer in float32
-    assert 0 < GraphSizes(256, 262_144, "cuda").graph_bytes(4 * 40_960) < 1024**3
-    assert GraphSizes(1, 2048, "cuda").graph_bytes(1000) == (4 + 64) * 1024**2 + 1000
+    assert 0 < GraphSizes(256, 262_144, "cuda").graph_bytes(4 * 40_960) < 1.25 * 1024**3
+    assert GraphSizes(1, 2048, "cuda", mixed=False).graph_bytes(1000) == (4 + 64) * 1024**2 + 1000
+    assert GraphSizes(1, 2048, "cuda").graph_bytes(1000) == (4 + 64 * 4 + 64) * 1024**2 + 1025 * 1000
+
+
+def test_a_step_with_prompts_takes_the_smallest_graph_with_room_for_padding() -> None:
+    sizes = GraphSizes(256, 262_144, "cuda")
+    assert sizes.mixed_key(5, 100, 63, 1) == GraphKey(8, 2048, 64, 2)
+    assert sizes.mixed_key(5, 100, 64, 1) == GraphKey(8, 2048, 128, 2)  # the padding prompt needs a token
+    assert sizes.mixed_key(200, 9000, 100, 2) == GraphKey(256, 32_768, 128, 4)
+    assert sizes.mixed_key(0, 100, 1023, 1) == GraphKey(0, 2048, 1024, 2)
+    assert sizes.mixed_key(0, 100, 1024, 1) is None
+    assert sizes.mixed_key(8, 100, 20, 16) is None
+    assert sizes.mixed_key(257, 100, 20, 1) is None
+    assert GraphSizes(4, 300, "cuda").mixed_key(3, 100, 250, 1) == GraphKey(4, 300, 256, 2)
+    assert GraphSizes(4, 300, "cuda").mixed_key(3, 100, 256, 1) is None, "a padding prompt of 256 tokens does not fit"
+    assert GraphSizes(256, 2048, "cpu").mixed_key(3, 100, 20, 1) is None
+    assert GraphSizes(256, 2048, "cuda", mixed=False).mixed_key(3, 100, 20, 1) is None
 
 
 def test_on_a_cpu_there_is_a_graph_for_any_number_of_rows() -> None:
     sizes = GraphSizes(64, 262_144, "cpu")
-    assert [sizes.key(rows, 512) for rows in (1, 13, 64)] == [(1, 512), (13, 512), (64, 512)]
+    assert [sizes.key(rows, 512) for rows in (1, 13, 64)] == [GraphKey(rows, 512) for rows in (1, 13, 64)]
     assert sizes.key(3, 513) == GraphKey(3, 1024)
     assert sizes.key(64, 16_384) == GraphKey(64, 16_384)
     assert sizes.key(64, 16_385) is None
@@ -211,7 +349,7 @@ def test_a_capture_that_fails_says_how_to_do_without(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    with pytest.raises(RuntimeError, match=r"of 3 sequences could not be captured \(operation not .*--enforce-eager"):
+    with pytest.raises(RuntimeError, match=r"of 3 rows could not be captured \(operation not .*--enforce-eager"):
         CudaGraph(pool=None).capture(lambda: torch.zeros(3, 8))
 
 
@@ -229,15 +367,84 @@ def test_packed_arrays_come_back_aligned_and_equal() -> None:
     packed = pack(arrays, torch.empty(packed_bytes(arrays), dtype=torch.uint8))
     assert packed.numel() == packed_bytes(arrays)
     tensors = cut(packed, arrays)
-    for array, tensor in zip(arrays, tensors, strict=True):
-        assert torch.equal(tensor, torch.from_numpy(array))
+    for one, tensor in zip(arrays, tensors, strict=True):
+        assert torch.equal(tensor, torch.from_numpy(one))
         assert (tensor.data_ptr() - packed.data_ptr()) % ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 256])
-def test_the_input_buffer_has_room_for_every_graph(block_size: int) -> None:
+@pytest.mark.parametrize("sends_tables", [False, True])
+def test_the_input_buffer_has_room_for_every_graph(block_size: int, sends_tables: bool) -> None:
     sizes = GraphSizes(70, 9000, "cuda")
-    for rows, context in sizes.keys:
-        tables = np.zeros((rows, -(-context // block_size)), dtype=np.int32)
-        long, short = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int32)
-        assert packed_bytes([long, long, short, tables, short, long]) <= sizes.input_bytes(block_size)
+    for key in sizes.keys:
+        assert packed_bytes(inputs_of(key, block_size, sends_tables)) <= sizes.input_bytes(
+            block_size, sends_tables=sends_tables
+        )
+    largest = sizes.mixed_key(70, 9000, 1000, 15)
+    assert largest == GraphKey(70, 9000, 1024, 16)
+    room = sizes.input_bytes(block_size, sends_tables=sends_tables)
+    assert packed_bytes(inputs_of(largest, block_size, sends_tables)) <= room
+
+
+def inputs_of(key: GraphKey, block_size: int, sends_tables: bool) -> list[Any]:
+    """Arrays of the sizes of a graph's inputs."""
+    rows = np.zeros(key.rows + key.tokens, dtype=np.int64)
+    arrays = [rows, rows, rows]
+    for count in (key.rows, key.prompts):
+        short = np.zeros(count, dtype=np.int32)
+        width = -(-key.context // block_size)
+        tables = np.zeros((count, width), dtype=np.int32) if sends_tables else np.zeros(count, dtype=np.int64)
+        arrays += [short, tables, short]
+    starts, saves = np.zeros(key.prompts + 1, dtype=np.int32), np.zeros(key.prompts * SAVES_PER_PROMPT, dtype=np.int32)
+    return [*arrays, starts, starts, saves, saves, np.zeros(key.prompts, dtype=np.bool_)]
+
+
+# Page tables ------------------------------------------------------------------------------------------------------
+
+
+def test_page_tables_on_the_device_are_those_that_would_be_sent() -> None:
+    """Sequences start, grow, wait, come back with other pages, and end."""
+    random, width, block_size = Random(0), 20, 16
+    tables = DeviceTables(5, width, torch.device("cpu"))
+    running: list[Sequence] = []
+
+    def pages(count: int) -> array[int]:
+        return array("i", [random.randrange(1, 1000) for _ in range(count)])
+
+    for number in range(300):
+        for seq in running:
+            match random.randrange(8):
+                case 0:
+                    seq.state_id, seq.block_ids = 0, array("i")
+                case 1:
+                    seq.block_ids = pages(random.randint(1, width))  # it has waited, and runs again
+                case 2 | 3 if len(seq.block_ids) < width:
+                    seq.block_ids.extend(pages(1))
+                case _:
+                    pass
+        running = [seq for seq in running if seq.state_id]
+        while len(running) < random.randint(1, 5):
+            request = Request(id=str(number), prompt=[1], params=GREEDY)
+            running.append(seq := Sequence.of(request, arrival=number, now=0.0))
+            seq.block_ids, seq.state_id = pages(random.randint(1, width)), 7
+        idle = Sequence.of(Request(id="dummy", prompt=[1], params=GREEDY), arrival=0, now=0.0)
+        idle.block_ids = array("i", [0] * width)
+        chosen = [*random.sample(running, random.randint(1, len(running))), idle]
+        chunks = [Chunk(seq, 0, block_size * len(seq.block_ids), 1) for seq in chosen]
+        tables.apply(*map(torch.from_numpy, tables.update(chunks)))
+        rows = torch.from_numpy(tables.rows(chunks, len(chunks) + 2))
+        expected = table_arrays(chunks, block_size, len(chunks) + 2, block_size * width).block_tables
+        assert np.array_equal(tables.gather(rows, width).numpy(), expected)
+        assert not tables.tables[0].any()
+
+
+def test_a_step_sends_only_new_pages() -> None:
+    tables = DeviceTables(2, 100, torch.device("cpu"))
+    seq = Sequence.of(Request(id="", prompt=[1], params=GREEDY), arrival=0, now=0.0)
+    seq.state_id, seq.block_ids = 1, array("i", range(10, 60))
+    chunks = [Chunk(seq, 0, 1, 1)]
+    assert len(tables.update(chunks).pages) == 50
+    assert len(tables.update(chunks).pages) == 0
+    seq.block_ids.append(99)
+    changes = tables.update(chunks)
+    assert (changes.places.tolist(), changes.pages.tolist()) == ([tables.rows(chunks, 1)[0] * 100 + 50], [99])

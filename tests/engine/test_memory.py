@@ -13,7 +13,7 @@ from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.quantization import UNQUANTIZED
 from jamba_server.engine.scheduler import SchedulerOutput
-from jamba_server.engine.start.build import Loaded, dummy_steps, measure_steps
+from jamba_server.engine.start.build import Loaded, dummy_steps, gathered_tokens, measure_steps
 from jamba_server.engine.start.memory import DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, plan_memory, usable_bytes
 from jamba_server.engine.weight_sizes import weight_bytes
@@ -98,6 +98,24 @@ def test_the_largest_steps_are_as_large_as_can_be() -> None:
         assert len(chunk.sequence.block_ids) * 16 >= chunk.end
 
 
+@pytest.mark.parametrize(("gathered", "expected"), [(0, []), (25, [(0, 25)]), (35, [(5, 35)]), (41, [])])
+def test_the_longest_prompt_whose_keys_are_copied_is_measured_too(
+    gathered: int, expected: list[tuple[int, int]]
+) -> None:
+    """Attention copies no keys of longer prompts, so the longest prompt of all may need less memory."""
+    steps = DummySteps(
+        max_num_batched_tokens=30, max_num_seqs=7, max_model_len=40, block_size=16, gathered_tokens=gathered
+    )
+    outputs = [[(chunk.start, chunk.end) for chunk in output.chunks] for output in steps.largest()]
+    assert outputs == [[(0, 37)], [(10, 40)], *([chunk] for chunk in expected), [(39, 40)] * 7, [(1, 2)]]
+
+
+def test_keys_and_values_that_are_copied_take_512_mib(tmp_path: Path) -> None:
+    """Mini has 8 KV heads of 128 numbers, and copies both."""
+    tokens = gathered_tokens(load_model_config(write_geometry(tmp_path, "mini")), 2)
+    assert tokens * 2 * 8 * 128 * 2 == 512 * MIB
+
+
 def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> None:
     save_tiny(tmp_path, **TINY_CONFIGS["moe-gqa"])
     llm = LLM(tmp_path, max_num_seqs=5, max_num_batched_tokens=70, max_model_len=50)
@@ -138,12 +156,14 @@ def test_caches_get_what_measured_steps_and_graphs_leave(tmp_path: Path) -> None
     plan = plan_on_gpu(config, model, 60 * GIB, Measured(estimated.max_num_batched_tokens, 256, 2 * GIB))
     assert plan.activation_bytes == 2 * GIB
     assert plan.graph_bytes == 0
-    assert 58 * GIB - plan.kv_bytes - plan.state_bytes < 16 * MIB, "less than a state is left over"
+    left = 58 * GIB - plan.kv_bytes - plan.state_bytes - plan.table_bytes
+    assert 0 <= left < 16 * MIB, "less than a state is left over"
+    assert plan.table_bytes == 4 * 257 * plan.max_model_len // 16
     with_graphs = plan_on_gpu(
         EngineConfig(model="x", max_num_seqs=256), model, 60 * GIB, Measured(plan.max_num_batched_tokens, 256, 2 * GIB)
     )
     assert with_graphs.graph_bytes > 0
-    taken = with_graphs.kv_bytes + with_graphs.state_bytes + with_graphs.graph_bytes
+    taken = with_graphs.kv_bytes + with_graphs.state_bytes + with_graphs.graph_bytes + with_graphs.table_bytes
     assert 0 <= 58 * GIB - taken < 16 * MIB
 
 

@@ -19,7 +19,7 @@ import torch
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ModelCannot
-from jamba_server.engine.graphs import DecodeGraphs
+from jamba_server.engine.graphs import StepGraphs
 from jamba_server.engine.pooling.sums import LIMIT_BITS, ROWS, fraction_bits, launch_sums, mean_of
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.sequence import Sequence
@@ -167,7 +167,7 @@ def test_among_others(folder: Path, alone: list[bytes], ahead: bool) -> None:
         assert run_among(llm, subjects(llm), 8) == alone
     graphs = llm.core.model_runner.graphs
     if not ahead and not llm.core.info.labels:
-        assert isinstance(graphs, DecodeGraphs)
+        assert isinstance(graphs, StepGraphs)
         assert graphs.captured, "the decode steps of the others run as graphs"
 
 

@@ -20,7 +20,7 @@ from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.models import Model, build_model
 from jamba_server.engine.quantization import FORMATS, UNQUANTIZED, QuantizationPolicy, Role
 from jamba_server.engine.quantization.quantize import quantize
-from jamba_server.engine.start.weights import dummy_weights, load_weights
+from jamba_server.engine.start.weights import dummy_weights, fill_unit, load_weights
 from jamba_server.engine.types import SamplingParams
 from jamba_server.engine.weight_sizes import step_bytes, weight_bytes
 from jamba_server.kernels.ops import Kernels, QuantizedWeight
@@ -334,6 +334,39 @@ def test_raw_weights_are_let_go_before_the_quantised_ones_are_packed(random: boo
         load_weights(model, tmp_path, lambda phase, fraction: None)
     assert len(left) == matrices - 2, "the experts' two matrices are packed together"
     assert set(left) == {matrices}, "as many raw ones have gone as have been packed, this one included"
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, tuple) else []
+
+
+def test_dummy_experts_are_drawn_and_quantised_on_the_device(tmp_path: Path) -> None:
+    """The memory on the host stays as it is. Here "cpu:0" is the device, which differs from the host's "cpu"."""
+    write_checkpoint(tmp_path)
+    config, policy = load_model_config(tmp_path), QuantizationPolicy("int8")
+    kernels = select("cpu", {"all": "reference"})
+    models: list[Any] = []
+    for elsewhere in (False, True):
+        model: Any = build_model(config, kernels, dtype=torch.bfloat16, device=CPU, policy=policy)
+        tensor_map = model.tensor_map()
+        for unit in tensor_map.units:
+            far = elsewhere and any(".experts." in name for name in unit.destinations)
+            for destination in unit.destinations.values() if far else ():
+                destination.tensor.fill_(7.0)
+            pack = fill_unit(unit, 3, torch.device("cpu:0") if far else CPU, tensor_map.drawn)
+            if far:
+                assert all(bool((destination.tensor == 7).all()) for destination in unit.destinations.values())
+                assert len(tensor_map.drawn) == 2, "gate and up of all experts share one, down has the other"
+            pack()
+            assert tensor_map.drawn == {}
+        models.append(model)
+    plain, drawn = ([tensors_in(getattr(layer._feed_forward, "_experts", ())) for layer in m._layers] for m in models)
+    assert sum(map(len, plain)) > 0
+    assert all(
+        torch.equal(a, b) for one, other in zip(plain, drawn, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 # Quality ------------------------------------------------------------------------------------------------------------

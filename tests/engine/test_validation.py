@@ -175,7 +175,7 @@ def test_prompt_leaves_room_for_one_token() -> None:
 
 def test_prompt_to_be_scored_fills_the_context() -> None:
     check_prompt([1] * 8, max_tokens=0)
-    with pytest.raises(ContextTooLong):
+    with pytest.raises(ContextTooLong, match="is 8 tokens; the prompt has 9"):
         check_prompt([1] * 9, max_tokens=0)
 
 

@@ -116,13 +116,13 @@ def test_long_contexts_have_the_same_bits_however_they_come(
     for cuts in ([0, 500, 513, 1024, context], [0, 7, 1025, 1026, context]):
         assert_same(torch.cat([chunk(start, end) for start, end in pairwise(cuts)]), whole)
     ends = [1, 64, 65, 512, 513, 1024, 1025, context]
+    alone = {end: long_pages([(k[:end], v[:end])], end) for end in ends}
+    together = long_pages([(k[:end], v[:end]) for end in ends], 3)
     for threads in THREADS:
         native.set_threads(threads)
-        for end in ends:
-            pages = long_pages([(k[:end], v[:end])], end)
+        for end, pages in alone.items():
             assert_same(decode(q[end - 1 : end], pages, SCALE), whole[end - 1 : end])
-        pages = long_pages([(k[:end], v[:end]) for end in ends], 3)
-        assert_same(decode(q[[end - 1 for end in ends]], pages, SCALE), whole[[end - 1 for end in ends]])
+        assert_same(decode(q[[end - 1 for end in ends]], together, SCALE), whole[[end - 1 for end in ends]])
 
 
 def same_with_any_threads(native: Library, run: Callable[[], Sequence[Tensor]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import tune
+from benchmarks.gpu import probe, tune
 from benchmarks.gpu.cases import Case, Maker, Shape, check, groups
 from benchmarks.gpu.compile import Elsewhere, compiling_only, shapes_alone
 from benchmarks.gpu.predict import Ceilings
@@ -52,6 +52,29 @@ def test_an_error_is_found(factor: float) -> None:
     norm: Any = REFERENCE.rms_norm
     wrong = replace(REFERENCE, rms_norm=lambda *args: tuple(part * factor for part in norm(*args)))
     assert not check(case, wrong, REFERENCE) <= case.tolerance
+
+
+def test_the_probe_compares_tiles_bit_by_bit_in_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not interpreted():
+        pytest.skip("it is for triton's interpreter")
+    from jamba_server.kernels.triton.linear import Linear
+
+    monkeypatch.setattr(probe, "ROWS", 70)
+    monkeypatch.setattr(probe, "FEW", (1, 64))
+    monkeypatch.setattr(probe, "OUTPUTS", 20)
+    assert probe.launch("cpu")["passed"]
+    for name in ("bf16", "int8"):
+        row = probe.tiles(name, "cpu", {"a rest": 70})
+        assert (row["passed"], row["products"], row["different"]) == (True, 2, 0), row
+    plain = Linear.__call__
+
+    def wrong(self: Linear, x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
+        return plain(self, x, weight, bias) * (1 + 2**-7 * (len(x) == 1))
+
+    monkeypatch.setattr(Linear, "__call__", wrong)
+    row = probe.tiles("bf16", "cpu", {"a rest": 70})
+    assert (row["passed"], row["different"]) == (False, 1)
+    assert row["largest_difference"] > 0
 
 
 # What tunes them ---------------------------------------------------------------------------------------------------

@@ -59,7 +59,20 @@ def test_a_bad_line_has_a_short_reason(text: bytes) -> None:
 def test_places_count_all_lines_and_read_long_ones_in_part() -> None:
     file = io.BytesIO(b"a\n\n  \nbbbbbbbbbb\nc")
     found = [(place.number, place.offset, place.size, text) for place, text in places(file, 4)]
-    assert found == [(0, 0, 2, b"a\n"), (3, 6, 11, b"bbbbb"), (4, 17, 1, b"c")]
+    blank = [(1, 2, 1, b""), (2, 3, 3, b"")]
+    assert found == [(0, 0, 2, b"a\n"), *blank, (3, 6, 11, b"bbbbb"), (4, 17, 1, b"c")]
+
+
+def test_a_byte_order_mark_and_some_blank_lines_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + jsonl([line("a"), "", "\r", line("b")]))
+    assert read_contents(path, [CHAT], max_bytes=1000, max_lines=2).problem is None
+    assert [each["custom_id"] for each in run_all(path, tmp_path / "out.jsonl", Echo())] == ["a", "b"]
+    path.write_bytes(b"\n" * 1000)
+    problem = read_contents(path, [CHAT], max_bytes=1000, max_lines=2).problem
+    assert problem == ("too_many_blank_lines", "The file has more than 2 blank lines.")
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert (read_contents(path, [CHAT], max_bytes=1000).problem or "")[0] == "empty_file"
 
 
 def test_a_long_line_is_an_error_of_its_own(tmp_path: Path) -> None:
@@ -198,16 +211,29 @@ def test_an_interrupted_run_goes_on(source: Path, tmp_path: Path) -> None:
     assert not again.bodies
 
 
-def test_a_file_that_has_other_lines_is_not_touched(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"# notes\n", b"notes", jsonl([line("a")]), b'{"id": "x"}\n', b"{}"])
+def test_a_file_that_has_other_lines_is_not_touched(source: Path, tmp_path: Path, content: bytes) -> None:
     target = tmp_path / "out.jsonl"
-    target.write_bytes(b"# notes\n")
-    with pytest.raises(ConfigError, match="line 1"):
+    target.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"line 1|the last line"):
         run_all(source, target, Echo())
-    assert target.read_bytes() == b"# notes\n"
+    assert target.read_bytes() == content
+
+
+def test_files_that_cannot_be_used_are_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_input(tmp_path / "none.jsonl", CONFIG)
     with pytest.raises(ConfigError, match="--output"):
         Output(tmp_path)
+    with pytest.raises(ConfigError, match="no regular file"):
+        Output(Path("/dev/null"))
+    target = tmp_path / "out.jsonl"
+    with Output(target), pytest.raises(ConfigError, match="another run"):
+        Output(target)
+    original = source.read_bytes()
+    with pytest.raises(ConfigError, match="line 1"):
+        Output(source)
+    assert source.read_bytes() == original
 
 
 async def test_it_runs_at_a_server(make_bench: MakeBench, source: Path, tmp_path: Path) -> None:
@@ -219,6 +245,15 @@ async def test_it_runs_at_a_server(make_bench: MakeBench, source: Path, tmp_path
     assert (output.num_completed, output.num_failed) == (20, 3)
     assert len(bench.engine.requests) == 20
     assert not any(request.is_background for request in bench.engine.requests)
+
+
+async def test_a_wrong_key_or_url_stops_the_run(make_bench: MakeBench, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    async with make_bench(api_key=("secret",)).served() as address:
+        for url, why in ((address, "--api-key"), (address.removeprefix("http://"), "--url is '127.*http://")):
+            with Output(target) as output, pytest.raises(ConfigError, match=why):
+                await run_file(CONFIG, url, "wrong", Run(source, read_input(source, CONFIG), output, CONSOLE))
+            assert not output.replied  # a second run with the right key does all requests
 
 
 async def test_a_server_that_is_gone_stops_the_run(
@@ -245,3 +280,12 @@ async def test_it_runs_with_the_endpoints_in_this_process(bench: Bench, source: 
     bodies = [json.loads(text)["response"] for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {body["body"]["object"] for body in bodies if body} == {"chat.completion", "text_completion"}
     assert BODIES[CHAT] == line("a")["body"]
+
+
+async def test_options_of_a_server_do_not_disturb_it(source: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    config = ServerConfig(threads=1, max_num_seqs=4, data_dir=str(data), max_queue_requests=1, max_queue_tokens=1)
+    with Output(tmp_path / "out.jsonl") as output:
+        await run_file(config, None, None, Run(source, read_input(source, config), output, CONSOLE))
+    assert (output.num_completed, output.num_failed) == (20, 3)
+    assert not data.exists()

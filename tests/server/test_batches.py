@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,26 @@ async def test_a_cancelled_batch_keeps_what_has_finished(
         assert error.value.param == "batch_id"
 
 
+async def test_a_line_that_is_cancelled_before_it_begins_leaves_its_place_to_others(
+    make_bench: MakeBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, cancelled = asyncio.create_task, list[asyncio.Task[Any]]()
+
+    def create_task(work: Any, *, name: str) -> asyncio.Task[Any]:
+        task = create(work, name=name)
+        if name.startswith("batch_") and len(cancelled) < runner.MAX_PREPARING:
+            cancelled.append(task)
+            task.cancel()
+        return task
+
+    async with make_bench(data_dir=str(tmp_path)).openai() as client:
+        monkeypatch.setattr(runner.asyncio, "create_task", create_task)
+        await start(client, [line(f"c{i}") for i in range(runner.MAX_PREPARING)])
+        other = await start(client, [line("a")])
+        assert counts(await until(client, other, "completed")) == (1, 1, 0)
+        assert len(cancelled) == runner.MAX_PREPARING
+
+
 async def test_an_expired_batch_has_an_error_for_each_line_that_is_left(
     make_bench: MakeBench, tmp_path: Path, engine: FakeEngine
 ) -> None:
@@ -292,6 +313,25 @@ async def test_what_goes_wrong_with_a_line_is_its_result(
             (500, "engine_failed"),
             (500, "internal_error"),
         }
+
+
+async def test_a_full_disk_stops_a_batch_for_a_while_and_is_logged_once(
+    make_bench: MakeBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put, attempts = runner.BatchTable.put, list[int]()
+
+    def full(table: runner.BatchTable, number: int, results: Any) -> None:
+        attempts.append(number)
+        if len(attempts) <= 20:
+            raise sqlite3.OperationalError("database or disk is full")
+        put(table, number, results)
+
+    monkeypatch.setattr(runner.BatchTable, "put", full)
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.001)
+    async with make_bench(data_dir=str(tmp_path)).openai() as client:
+        batch = await start(client, [line(f"c{i}") for i in range(10)])
+        assert counts(await until(client, batch, "completed")) == (10, 10, 0)
+    assert caplog.text.count("disk is full") == 1
 
 
 async def test_responses_of_a_batch_are_stored_only_on_demand(client: AsyncOpenAI) -> None:

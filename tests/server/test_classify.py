@@ -198,3 +198,16 @@ async def test_other_refusals(classifier: Bench, language_model: Bench) -> None:
         await post(bench, path, 400, **body)
     embedding = await post(classifier, "/v1/embeddings", input="a")
     assert len(embedding["data"][0]["embedding"]) == 32, "a classifier has hidden states, too"
+
+
+async def test_what_is_too_long_is_named(language_model: Bench) -> None:
+    limit = language_model.app.state.services.engine.info.max_model_len
+    for path, body, param, why in (
+        ("/v1/embeddings", {"input": [[1], [1] * (limit + 1)]}, "input.1", f"is {limit} tokens; the prompt has"),
+        ("/classify", {"input": "a", "labels": ["b", " the" * limit]}, "labels.1", f"at most {limit}"),
+        ("/classify", {"input": "a", "labels": ["b", "c" * 3_000_000]}, "labels.1", "3000000 bytes"),
+    ):
+        error = (await post(language_model, path, 400, **body))["error"]
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded"), error
+        assert why in error["message"]
+    await post(language_model, "/v1/embeddings", input=[1] * limit)

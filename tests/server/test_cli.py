@@ -57,8 +57,8 @@ def invoke(*arguments: str) -> str:
 
 def test_help_names_every_command_and_flag() -> None:
     text = invoke("--help")
-    commands = ("serve", "run", "chat", "run-batch", "pull", "list", "rm", "plan", "bench", "doctor", "convert")
-    assert all(f"  {command} " in text for command in commands)
+    names = "serve run chat run-batch pull list rm plan bench doctor convert cache sessions"
+    assert all(f"  {command} " in text for command in names.split())
     assert "..." not in text.replace("[ARGS]...", ""), "a description is cut"
     text = invoke("serve", "-h")
     assert "--api-key KEY" in text

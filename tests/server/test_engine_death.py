@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 from tests.server.real_engine import served_engine
 
-NUM_TOKENS = 300
+NUM_TOKENS = 160
 NUM_CHOICES = 9  # of all requests together
 SPLIT_FROM = 60  # the stop string ends here or later, when all streams have long been open
 CHAT = [{"role": "user", "content": "Tell me a story about a dog and a ball."}]
@@ -92,8 +92,18 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "bfloat16", "quantization": "int8", "quantize_mamba": True},
 }
 
+# After how many tokens the engine is killed: before the stop string, and between its two halves
+KILLS: dict[str, Callable[[int], Sequence[int]]] = {
+    "float32": lambda split: (split // 2,),
+    "bfloat16": lambda split: (split // 2, split),
+    "int8": lambda split: (split,),
+}
 
-async def run(settings: dict[str, Any], kill_after: int | None, stop: str | None) -> tuple[list[Reply], int]:
+
+async def run(
+    settings: dict[str, Any], requests: list[dict[str, Any]], kill_after: int | None = None
+) -> tuple[list[Reply], int]:
+    """The replies, and how often the engine died."""
     config = ServerConfig(served_model_name=("jamba-demo",), threads=1, max_num_seqs=16, **settings)
     engine = MortalEngine(config.engine(demo_folder()))
     engine.kill_after = kill_after
@@ -102,7 +112,7 @@ async def run(settings: dict[str, Any], kill_after: int | None, stop: str | None
     try:
         async with served_engine(config, engine) as client:
             tasks: list[asyncio.Task[Reply]] = []
-            for request in requests(stop):  # one after the other, so that each draws its own seed in every run
+            for request in requests:  # one after the other, so that each draws its own seed in every run
                 opened = asyncio.Event()
                 tasks.append(asyncio.create_task(read(client, request, opened)))
                 await opened.wait()
@@ -115,9 +125,9 @@ async def run(settings: dict[str, Any], kill_after: int | None, stop: str | None
 @pytest.mark.parametrize("form", FORMATS)
 async def test_eight_streams_survive_the_death_of_the_engine(form: str) -> None:
     settings = FORMATS[form]
-    undisturbed, deaths = await run(settings, None, None)
+    [alone], deaths = await run(settings, requests(None)[3:4])  # greedy, with its tokens
     assert deaths == 0
-    text, scores, _ = undisturbed[3][0]  # greedy, with its tokens
+    text, scores, _ = alone[0]
     tokens = [token for token, _ in scores]
     assert len(tokens) == NUM_TOKENS, "one log-probability a token"
     stop, split = next(
@@ -127,12 +137,12 @@ async def test_eight_streams_survive_the_death_of_the_engine(form: str) -> None:
         and stop in text  # no special token, of which a text has nothing
         and stop not in "".join(tokens[:i])  # it is complete with token i, and no sooner
     )
-    expected, deaths = await run(settings, None, stop)
+    expected, deaths = await run(settings, requests(stop))
     assert deaths == 0
     assert expected[7][0][0] == text[: text.index(stop)]
     assert expected[7][0][2] == "stop"
-    for kill_after in (split // 2, split):  # before, and between the two halves of the stop string
-        replies, deaths = await run(settings, kill_after, stop)
+    for kill_after in KILLS[form](split):
+        replies, deaths = await run(settings, requests(stop), kill_after)
         assert deaths == 1, "the engine must have been replaced"
         for reply, wanted in zip(replies, expected, strict=True):
             assert reply.keys() == wanted.keys()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import errno
+import sqlite3
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from openai.types import FileObject
 
 from jamba_server.engine.errors import ConfigError
 from jamba_server.server.http.files.store import FileStore
+from jamba_server.server.http.files.table import FileTable
 from jamba_server.server.http.files.upload import clean_name
 from tests.conformance.strict import check
 from tests.server.conftest import Bench, MakeBench
@@ -140,7 +143,15 @@ async def test_a_malformed_form_is_refused(bench: Bench, tmp_path: Path, body: b
         for type_ in ("application/json", "multipart/form-data", "multipart/form-data; boundary=" + "b" * 1000):
             reply = await http.post("/v1/files", content=body, headers={"content-type": type_})
             assert reply.status_code == (415 if type_ == "application/json" else 400)
+            assert ("no boundary" in reply.text) == (type_ == "multipart/form-data")
     assert stored(tmp_path) == []
+
+
+async def test_headers_of_parts_are_limited(bench: Bench) -> None:
+    async with bench.http() as http:
+        for name, status in (("a" * 1900, 200), ("a" * 2100, 400)):
+            reply = await http.post("/v1/files", data={"purpose": "batch"}, files={"file": (name, LINE)})
+            assert (reply.status_code, "2048 bytes" in reply.text) == (status, status == 400)
 
 
 async def test_limits_of_one_file_and_of_all_together(
@@ -205,6 +216,28 @@ async def test_a_start_removes_what_a_kill_has_left(bench: Bench, make_bench: Ma
         assert (await client.files.content(made.id)).content == LINE
 
 
+async def test_a_full_disk_leaves_nothing_behind(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def lines() -> Iterator[bytes]:
+        yield LINE
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    services = bench.app.state.services
+    async with bench.openai() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(FileTable, "put", full)
+            with pytest.raises(openai.InternalServerError, match="disk is full"):
+                await make(client)
+        with pytest.raises(OSError, match="No space"):
+            await services.files.put_result("file-r", "", "r.jsonl", lines, None)
+        assert stored(tmp_path) == []
+        assert services.files.total == 0
+        made = await make(client)
+        assert (tmp_path / "files" / made.id).stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("settings", [{}, {"max_file_bytes": 0, "data_dir": "somewhere"}])
 async def test_a_server_without_a_folder_refuses_files(
     make_bench: MakeBench, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -226,6 +259,10 @@ async def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
         FileStore(tmp_path, max_bytes=1)
     await first.close()
     await FileStore(tmp_path, max_bytes=1).close()
+    (tmp_path / "files" / "lock").unlink()
+    (tmp_path / "files" / "lock").mkdir()
+    with pytest.raises(ConfigError, match="lock cannot be written"):
+        FileStore(tmp_path, max_bytes=1)
 
 
 def test_names_of_files_are_shown_without_folders_and_control_characters() -> None:

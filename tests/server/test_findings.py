@@ -9,9 +9,15 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from jamba_server.server.http.findings import MAX_VALUE_CHARS, describe_finding, param_of, short_json
+from jamba_server.server.http.schemas.batches import BatchRequest
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.completions import CompletionRequest
 from jamba_server.server.http.schemas.models import DetokenizeRequest, TokenizeRequest
+from jamba_server.server.http.schemas.sessions import ForkRequest, PinRequest
+from jamba_server.server.http.schemas.vectors.classify import ClassifyRequest
+from jamba_server.server.http.schemas.vectors.decisions import DecisionRequest
+from jamba_server.server.http.schemas.vectors.embeddings import EmbeddingRequest, PoolingRequest
+from jamba_server.server.http.schemas.vectors.scoring import RerankRequest, ScoreRequest
 
 MISFITS: list[Any] = [
     None, True, 0, -7, 10**30, 1.5, float("nan"), 1e300, "", " ", "text", "x" * 5000, "\ud800",
@@ -23,6 +29,15 @@ BODIES: dict[type[BaseModel], dict[str, Any]] = {
     CompletionRequest: {"prompt": "a", "stream": True},
     TokenizeRequest: {"prompt": "a"},
     DetokenizeRequest: {"tokens": [1]},
+    EmbeddingRequest: {"input": "a"},
+    PoolingRequest: {"input": "a"},
+    ClassifyRequest: {"input": "a"},
+    ScoreRequest: {"text_1": "a", "text_2": "b"},
+    RerankRequest: {"query": "a", "documents": ["b"]},
+    DecisionRequest: {"input": "a", "questions": [{"type": "predicate", "instructions": "b"}]},
+    BatchRequest: {"input_file_id": "a", "endpoint": "/v1/completions", "completion_window": "24h"},
+    PinRequest: {"seconds": 1},
+    ForkRequest: {"id": "a"},
 }
 # how pydantic words its errors
 FOREIGN = re.compile(r"Input|should|[Vv]alid (?!Unicode)|validation|Field|parse|instance|Value error|type=|pydantic")
@@ -55,7 +70,23 @@ def test_every_field_with_everything_that_does_not_fit(schema: type[BaseModel]) 
             for finding in findings(schema, BODIES[schema] | {field: value}):
                 check(finding, field)
                 seen.add(finding["type"])
-    assert len(seen) > 3
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("kind", ["choice", "score"])
+def test_decisions_with_everything_that_does_not_fit(kind: str) -> None:
+    options = {"choices": [{"value": "a"}, {"value": True}], "levels": [{"label": "a"}, {"label": "b"}]}
+    for value in MISFITS:
+        for question in (
+            value,
+            {"type": kind, "instructions": value, **options},
+            {"type": kind, "instructions": [{"type": "input_json", "data": value}], **options},
+            {"type": kind, "instructions": "a", **options, "choices": value, "levels": value},
+            {"type": kind, "instructions": "a", "choices": [{"value": value}] * 2, "levels": [{"label": value}] * 2},
+        ):
+            for finding in findings(DecisionRequest, {"input": "a", "questions": [question]}):
+                check(finding, "questions")
+                assert not re.search(r"\b(str|bool|dict|list)\b", param_of(finding) or ""), finding
 
 
 def test_messages_with_everything_that_does_not_fit() -> None:
@@ -105,6 +136,11 @@ def test_messages_with_everything_that_does_not_fit() -> None:
 def test_sentences(fields: dict[str, Any], sentence: str) -> None:
     body = {"messages": [{"role": "user", "content": "a"}]} | fields
     assert [describe_finding(finding) for finding in findings(ChatCompletionRequest, body)] == [sentence]
+
+
+def test_a_batch_that_takes_too_long_names_the_limit() -> None:
+    [finding] = findings(BatchRequest, BODIES[BatchRequest] | {"completion_window": "31d"})
+    assert describe_finding(finding) == 'completion_window is "31d"; it must be at most 30d'
 
 
 def test_values_are_shown_in_a_few_characters() -> None:

@@ -245,7 +245,7 @@ RAW: list[tuple[bytes, int, str | None, str]] = [
     (nested(MAX_JSON_DEPTH), 400, None, "messages"),
     (b"[" + b"[]," * MAX_JSON_CONTAINERS + b"[]]", 400, "invalid_json", str(MAX_JSON_CONTAINERS)),
     (b'[[],[],"\\"' + b"[" * 100, 400, "invalid_json", "Unterminated string"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "parsing the body"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", 400, "invalid_json", "limit of 4300"),
     (b'{"temperature": NaN, "messages": [{"role": "user", "content": "Hi"}]}', 400, None, "finite number"),
     (b'{"temperature": Infinity, "messages": [{"role": "user", "content": "Hi"}]}', 400, None, "finite number"),
     (b" " * (MAX_BODY_BYTES + 1), 413, "request_too_large", str(MAX_BODY_BYTES)),
@@ -312,6 +312,15 @@ async def test_millions_of_ids_are_refused_before_they_are_parsed(
         error = check(response, 400)
         assert error["code"] == "invalid_json"
         assert str(MAX_JSON_VALUES) in error["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/decisions", "/v1/embeddings"])
+async def test_numbers_with_thousands_of_digits_are_refused_by_name(bench: Bench, path: str) -> None:
+    async with bench.http(headers={"Content-Type": "application/json"}) as http:
+        error = check(await http.post(path, content=b'{"seed": ' + b"9" * 4301 + b"}"), 400)
+    assert (error["code"], "4300" in error["message"]) == ("invalid_json", True)
+    check_json(b'{"prompt": "' + b"9" * 5000 + b'"}')
+    check_json(b"[" + (b"7" * 4300 + b",") * 900 + b"1]")
 
 
 def test_commas_within_strings_are_text() -> None:

@@ -53,6 +53,15 @@ async def conversation(store: ResponseStore, id_: str, *, max_bytes: int = 100_0
     return [item["id"] for item in await store.conversation(id_, OWNER, max_bytes=max_bytes)]
 
 
+async def test_lengths_of_conversations() -> None:
+    store = make()
+    await put(store, stored("a"), stored("b", "a"), stored("c", "b"), stored("d", "b"), stored("late", "gone"))
+    await put(store, stored("x", "y"), stored("y", "x"), stored("theirs", owner="other"))
+    lengths = await store.lengths([None, "d", "c", "b", "late", "x", "theirs", "none"], OWNER)
+    wanted = {None: 0, "b": 2, "c": 3, "d": 3, "late": 1, "x": 2, "theirs": 0, "none": 0}
+    assert {id_: lengths[id_] for id_ in wanted} == wanted
+
+
 async def test_a_conversation_is_the_items_of_its_responses() -> None:
     store = make()
     await put(store, stored("a"), stored("b", "a"), stored("c", "b"), stored("other", "a"))

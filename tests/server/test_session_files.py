@@ -46,12 +46,20 @@ def header_of(file: bytes) -> dict[str, Any]:
     return json.loads(file[PREFIX : PREFIX + struct.unpack_from("<Q", file, 8)[0]])
 
 
-def with_header(file: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
+def with_text(file: bytes, change: Callable[[bytes], bytes]) -> bytes:
     """The file with another header, whose hash is right."""
-    header, end = header_of(file), PREFIX + struct.unpack_from("<Q", file, 8)[0]
-    change(header)
-    text = json.dumps(header).encode()
+    end = PREFIX + struct.unpack_from("<Q", file, 8)[0]
+    text = change(file[PREFIX:end])
     return file[:8] + struct.pack("<Q32s", len(text), sha256(text).digest()) + text + file[end:]
+
+
+def with_header(file: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    def changed(text: bytes) -> bytes:
+        header = json.loads(text)
+        change(header)
+        return json.dumps(header).encode()
+
+    return with_text(file, changed)
 
 
 async def test_a_session_moves_with_its_responses(make_bench: MakeBench) -> None:
@@ -146,6 +154,22 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "an output of no type": (
         lambda file: with_header(file, lambda h: _first(h)["response"].update(output=[{"type": "x"}])),
         "response 0 is not valid",
+    ),
+    "a tool that no request may have": (
+        lambda file: with_header(file, lambda h: _first(h)["response"].update(tools=[{"x": 1}])),
+        "response 0 is not valid: response.tools.0",
+    ),
+    "a number that is too large": (
+        lambda file: with_text(file, lambda text: text.replace(b'"created_at"', b'"x": 1e999, "created_at"')),
+        "response 0 is not valid: response: Number out of range",
+    ),
+    "a number that is too long": (
+        lambda file: with_text(file, lambda text: text.replace(b'"created_at"', b'"x": 1' + b"0" * 5000 + b', "c"')),
+        "limit of 4300",
+    ),
+    "invalid UTF-8": (
+        lambda file: with_text(file, lambda text: text.replace(b"talk", b"ta\xffk")),
+        "The header is not",
     ),
     "deep": (lambda file: _nested(file), "nests deeper"),
 }

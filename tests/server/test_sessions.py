@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -102,6 +103,7 @@ async def test_a_session_belongs_to_its_key(make_bench: MakeBench) -> None:
     [
         ({"session": "a b"}, "session"),
         ({"session": "x" * 65}, "session"),
+        ({"session": ".."}, "session"),
         ({"session": "a", "store": False}, "session"),
         ({"session": "a", "previous_response_id": "resp_1"}, "session"),
     ],
@@ -110,6 +112,38 @@ async def test_bad_values_are_named(bench: Bench, body: dict[str, Any], param: s
     async with bench.http() as http:
         reply = await http.post("/v1/responses", json={"input": "a", **body})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+async def test_a_look_at_the_sessions_is_no_use_of_them(make_bench: MakeBench) -> None:
+    async with make_bench(max_stored_responses=3).http() as http:
+        old, new = [(await respond(http, text, session=text))["id"] for text in ("old", "new")]
+        await respond(http, "b", session="new")
+        listed = (await http.get("/v1/sessions")).json()["data"]
+        assert [(s["id"], s["num_responses"]) for s in listed] == [("new", 2), ("old", 1)]
+        await http.get("/v1/sessions/old")
+        await respond(http, "c", session="another")
+        assert [(await http.get(f"/v1/responses/{id_}")).status_code for id_ in (old, new)] == [404, 200]
+
+
+@pytest.mark.parametrize("change", ["deleted", "pinned"])
+async def test_a_pin_ends_if_the_session_has_changed_meanwhile(bench: Bench, change: str) -> None:
+    engine, table = bench.engine, bench.app.state.services.responses
+    async with bench.http() as http:
+        await respond(http, "a", session="talk")
+        engine.limit = engine.num_updates
+        pin = asyncio.create_task(http.post("/v1/sessions/talk/pin", json={"seconds": 5}))
+        await engine.stalled.wait()
+        if change == "deleted":
+            await http.delete("/v1/sessions/talk")
+        else:
+            await table.sessions(lambda table: table.pin("talk", "", "of another request", 2**40))
+        engine.resume.set()
+        reply = await pin
+    if change == "deleted":
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "session_not_found")
+        assert engine.unpinned == [engine.requests[-1].id]
+    else:
+        assert (reply.status_code, engine.unpinned) == (200, ["of another request"])
 
 
 async def test_a_pinned_session_is_computed_and_protected() -> None:

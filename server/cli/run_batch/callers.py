@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,9 +14,8 @@ from fastapi import FastAPI
 from rich.console import Console
 
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.cli.checkpoint import Checkpoint
-from jamba_server.server.cli.terminal import LoadProgress
+from jamba_server.server.cli.local import start_engine
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import ROUTERS, create_app
@@ -27,11 +25,10 @@ from jamba_server.server.http.errors import OnProgress
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
-
 ATTEMPTS = 5  # number of attempts to reach a server
 RETRY_SECONDS = 1.0
 RETRIED = (429, 503)  # a server answers with these statuses when it cannot take a request now
+REFUSED = (401, 403)  # a server answers with these statuses if it does not accept the API key
 
 
 class Caller(Protocol):
@@ -52,7 +49,8 @@ class LocalCaller:
 
 @dataclass(frozen=True, slots=True)
 class RemoteCaller:
-    """Sends requests to a server. While the server cannot take a request, it is sent again."""
+    """Sends requests to a server. While the server cannot take a request, it is sent again. Raises ConfigError if the
+    server cannot be reached or does not accept the API key, because no other request would succeed either."""
 
     http: httpx.AsyncClient
 
@@ -70,6 +68,11 @@ class RemoteCaller:
                 attempt += 1
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
+            if reply.status_code in REFUSED:
+                raise ConfigError(
+                    f"The server {self.http.base_url} does not accept the API key (status {reply.status_code}): give "
+                    "one with --api-key. The same command goes on where this one has stopped."
+                )
             if reply.status_code not in RETRIED:
                 return Outcome(reply.status_code, reply.headers.get("x-request-id", ""), as_json(reply))
             after = reply.headers.get("retry-after", "")
@@ -88,30 +91,22 @@ def as_json(reply: httpx.Response) -> bytes:
 @asynccontextmanager
 async def local(config: ServerConfig, checkpoint: Checkpoint, console: Console) -> AsyncGenerator[LocalCaller]:
     """Loads a model. Raises ConfigError if it cannot be loaded."""
+    # The environment and the YAML file may have options of a server. This process has no other clients that a limit
+    # would protect, and must not touch the data of a server.
+    config = replace(config, data_dir=None, max_queue_requests=0, max_queue_tokens=0)
     folder = checkpoint.folder
     tokenizer = Tokenizer.from_folder(Path(config.tokenizer or folder))
     override = None if config.chat_template is None else Path(config.chat_template)
     template = ChatTemplate.from_folder(folder, tokenizer, override)
-    with LoadProgress(console) as progress:
-        client = EngineClient(
-            config.engine(folder),
-            engine_timeout=config.engine_timeout,
-            load_timeout=config.load_timeout,
-            on_progress=progress.update,
-        )
-        try:
-            info = await client.start()
-        except BaseException:
-            await client.close()
-            raise
+    client = await start_engine(config, folder, console)
     try:
-        for warning in info.warnings:
-            logger.warning("%s", warning)
         app = create_app(config, client, tokenizer, template, GenerationDefaults.of(folder), demo=checkpoint.demo)
         services = app.state.services
-        yield LocalCaller(lines_app(services, ROUTERS))
-        await services.responses.close()
-        services.grammars.close()
+        try:
+            yield LocalCaller(lines_app(services, ROUTERS))
+        finally:
+            await services.responses.close()
+            services.grammars.close()
     finally:
         await client.close()
 
@@ -122,6 +117,8 @@ async def remote(url: str, api_key: str | None) -> AsyncGenerator[RemoteCaller]:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     limits = httpx.Limits(max_connections=None)
     base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise ConfigError(f"--url is {url!r}; it must begin with http:// or https://.")
     try:
         http = httpx.AsyncClient(base_url=base, headers=headers, timeout=None, limits=limits)
     except (httpx.InvalidURL, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +22,14 @@ class _Response(msgspec.Struct):
 
 
 class _Line(msgspec.Struct):
+    id: str
     custom_id: str | None = None
     response: _Response | None = None
     error: _Error | None = None
+
+
+# Every line that `results.py` makes begins with these bytes.
+_BEGINNING = b'{"id":"batch_req_'
 
 
 class Output:
@@ -32,26 +38,37 @@ class Output:
 
     def __init__(self, path: Path) -> None:
         """Opens or creates the file. If an earlier run was interrupted while it wrote a line, the part of the line is
-        removed. Raises ConfigError if the file cannot be written, or has other lines than those of results."""
+        removed. Raises ConfigError if the file cannot be written, if another run writes it, or if it has other lines
+        than those of results; the file is not changed then."""
         self.replied: set[str] = set()
         self.refused: set[tuple[str | None, str]] = set()
         self.num_completed = self.num_failed = 0
+        self._file = _open(path)
         try:
-            self._file: BinaryIO = path.open("ab+")
-        except OSError as error:
-            raise ConfigError(f"--output {path}: {error.strerror}.") from error
+            end = self._read(path)
+        except ConfigError:
+            self._file.close()
+            raise
+        self._file.truncate(end)
+
+    def _read(self, path: Path) -> int:
+        """Records the lines of the file. Returns where the last whole line ends."""
         self._file.seek(0)
         end = 0
         for number, text in enumerate(self._file, start=1):
             if not text.endswith(b"\n"):
-                break
-            end += len(text)
+                if text.startswith(_BEGINNING) or _BEGINNING.startswith(text):
+                    break
+                raise ConfigError(f"--output {path}: the last line is no part of a result of a batch.")
             try:
-                self._record(msgspec.json.decode(text, type=_Line))
+                line = msgspec.json.decode(text, type=_Line)
             except msgspec.DecodeError as error:
-                self._file.close()
                 raise ConfigError(f"--output {path}: line {number} is no result of a batch: {error}.") from error
-        self._file.truncate(end)
+            if line.response is None and line.error is None:
+                raise ConfigError(f"--output {path}: line {number} is no result of a batch: it has no response.")
+            self._record(line)
+            end += len(text)
+        return end
 
     def __enter__(self) -> Self:
         return self
@@ -77,3 +94,19 @@ class Output:
         ok = line.response is not None and 200 <= line.response.status_code < 300
         self.num_completed += ok
         self.num_failed += not ok
+
+
+def _open(path: Path) -> BinaryIO:
+    """Opens or creates a file, and locks it for this process until it is closed. Raises ConfigError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--output {path} is no regular file, so a later run could not go on with it.")
+        file = path.open("ab+")
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error.strerror}.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"--output {path}: another run writes this file ({error.strerror}).") from error
+    return file

@@ -32,9 +32,15 @@ class Contents:
 def read_contents(path: Path, urls: Collection[str], *, max_bytes: int, max_lines: int = MAX_LINES) -> Contents:
     """Checks all lines of an input file. Only one line is in memory at a time. Raises OSError if the file cannot be
     read."""
-    found, seen = Contents(), set[bytes]()
+    found, seen, num_blank = Contents(), set[bytes](), 0
     with path.open("rb") as file:
         for place, text in places(file, max_bytes):
+            if not text:
+                num_blank += 1
+                if num_blank > max_lines:  # a file of nothing else would take minutes, in which other batches wait
+                    found.problem = ("too_many_blank_lines", f"The file has more than {max_lines} blank lines.")
+                    break
+                continue
             found.total += 1
             if found.total > max_lines:
                 found.problem = ("too_many_requests", f"The file has more than {max_lines} requests.")
@@ -50,20 +56,20 @@ def read_contents(path: Path, urls: Collection[str], *, max_bytes: int, max_line
                 seen.add(key)
                 body = msgspec.json.decode(line.body)
                 found.pending.append(Pending(place.number, place.offset, place.size, beginnings(body)))
-    if not found.total:
+    if not found.total and found.problem is None:
         found.problem = ("empty_file", "The file has no requests.")
     return found
 
 
 class Job:
     """`running` has the task of each line in flight, by the number of the line. `stopping` says that no further line
-    begins."""
+    begins, and `waits_for_disk` that the last result could not be stored."""
 
     def __init__(self, number: int, record: Record, path: Path, pending: list[Pending]) -> None:
         self.number, self.record = number, record
         self.order = Order(pending)
         self.running: dict[int, asyncio.Task[None]] = {}
-        self.stopping = False
+        self.stopping = self.waits_for_disk = False
         self._path = path
 
     @property

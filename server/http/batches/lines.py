@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -42,15 +43,17 @@ class Place:
 
 
 def places(file: BinaryIO, max_bytes: int) -> Iterator[tuple[Place, bytes]]:
-    """Yields the lines of a file that are not blank. Of a line with more than `max_bytes` bytes, only the first
-    `max_bytes` + 1 bytes are read into memory and yielded."""
-    number = offset = 0
+    """Yields the lines of a file. The text of a blank line is empty. Of a line with more than `max_bytes` bytes, only
+    the first `max_bytes` + 1 bytes are read into memory and yielded. A byte-order mark at the beginning of the file,
+    which some programs write, belongs to no line."""
+    number = 0
+    offset = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+    file.seek(offset)
     while head := file.readline(max_bytes + 1):
         size, part = len(head), head
         while not part.endswith(b"\n") and (part := file.readline(64 * 1024)):
             size += len(part)
-        if head.strip():
-            yield Place(number, offset, size), head
+        yield Place(number, offset, size), head if head.strip() else b""
         number, offset = number + 1, offset + size
 
 
@@ -62,9 +65,11 @@ def check_line(text: bytes, urls: Collection[str], *, max_bytes: int) -> Line:
     if len(text) > max_bytes:
         raise BadLine("line_too_long", f"The line has more than {max_bytes} bytes (--max-body-bytes).")
     try:
-        check_json(text)
+        check_json(text, name="line")
         value: object = msgspec.json.decode(text)
-    except (RequestRejected, msgspec.DecodeError, RecursionError) as error:
+    except RequestRejected as error:
+        raise BadLine("invalid_json_line", str(error)) from None
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BadLine("invalid_json_line", f"The line is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadLine("invalid_json_line", "The line is not a JSON object.")

@@ -249,7 +249,10 @@ class BatchRunner:
         ):
             job, line = found
             self._preparing.add((job.number, line.number))
-            job.running[line.number] = asyncio.create_task(self._line(job, line), name=job.record.id)
+            task = asyncio.create_task(self._line(job, line), name=job.record.id)
+            job.running[line.number] = task
+            # A task that is cancelled before its first step runs nothing of its function, not even a `finally`.
+            task.add_done_callback(lambda task, job=job, line=line: self._ended(job, line))
             num_running[job.record.owner] += 1
 
     def _next(self, num_running: Counter[str]) -> tuple[Job, Pending] | None:
@@ -276,14 +279,16 @@ class BatchRunner:
             logger.exception("%s: line %d failed", job.record.id, line.number + 1)
             text = error_line(custom_id, "server_error", f"Line {line.number + 1}: the server's log has the error.")
             await self._put(job, Result(line=line.number, ok=False, text=text))
-        finally:
-            job.order.computed(line)
-            self._preparing.discard((job.number, line.number))
-            del job.running[line.number]
-            self._bytes_in_flight -= line.size
-            self._fill()
-            if job.is_done:
-                self._store.changed.set()
+
+    def _ended(self, job: Job, line: Pending) -> None:
+        """Must be called when a line has ended, in whatever way. Begins further lines."""
+        job.order.computed(line)
+        self._preparing.discard((job.number, line.number))
+        del job.running[line.number]
+        self._bytes_in_flight -= line.size
+        self._fill()
+        if job.is_done:
+            self._store.changed.set()
 
     async def _answer(self, job: Job, line: Pending, request: Line) -> Outcome:
         """Returns the reply to a line. While the server cannot run it, the line waits."""
@@ -308,13 +313,19 @@ class BatchRunner:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _put(self, job: Job, result: Result) -> None:
-        """Stores a result. While the disk is full, the line waits."""
+        """Stores a result. While the disk is full, the line waits. The log says so once for each batch, because a log
+        that grows with each attempt might lie on the same disk."""
         while True:
             try:
-                return await self._store.run(lambda table: table.put(job.number, [result]))
+                await self._store.run(lambda table: table.put(job.number, [result]))
             except sqlite3.Error as error:
-                logger.error("%s: a result cannot be stored and is tried again: %s", job.record.id, error)
+                if not job.waits_for_disk:
+                    logger.error("%s: results cannot be stored and are tried again: %s", job.record.id, error)
+                job.waits_for_disk = True
                 await asyncio.sleep(RETRY_SECONDS)
+            else:
+                job.waits_for_disk = False
+                return
 
 
 def _errors(code: str, message: str) -> list[dict[str, object]]:

@@ -137,8 +137,7 @@ class FileStore:
                 with contextlib.suppress(OSError, Overloaded):
                     arriving.finish()
                 self._count(id_, None)
-                with contextlib.suppress(OSError):
-                    arriving.path.unlink()
+                _remove(arriving.path)
 
     async def keep(self, arriving: Arriving, owner: str, *, filename: str, lifetime: int | None) -> StoredFile:
         """Keeps a file that has arrived completely and is not empty."""
@@ -149,9 +148,9 @@ class FileStore:
         def work(table: FileTable) -> None:
             arriving.finish()
             self._complete(table, arriving.path, file)
+            arriving.kept = True  # here, because the task that waits for this thread may be cancelled meanwhile
 
         await self._run(work)
-        arriving.kept = True
         return file
 
     async def put_result(
@@ -166,11 +165,15 @@ class FileStore:
         def work() -> None:
             assert self._table is not None, "without files there are no batches"
             path = self.path(id_ + PART)
-            with path.open("wb") as content:
-                size = sum(content.write(line) for line in lines())
-                content.flush()
-                os.fsync(content.fileno())  # the results are deleted from the database afterwards
-            self._complete(self._table, path, self._new(id_, owner, "batch_output", filename, size, lifetime))
+            try:
+                with _created(path) as content:
+                    size = sum(content.write(line) for line in lines())
+                    content.flush()
+                    os.fsync(content.fileno())  # the results are deleted from the database afterwards
+                self._complete(self._table, path, self._new(id_, owner, "batch_output", filename, size, lifetime))
+            except BaseException:
+                _remove(path)  # what was written would keep a full disk full
+                raise
 
         await self._in_thread(work)
 
@@ -185,8 +188,13 @@ class FileStore:
 
     def _complete(self, table: FileTable, path: Path, file: StoredFile) -> None:
         # The content is in place before the table names it, so a kill in between leaves only a file without a name.
-        path.rename(path.with_name(file.id))
-        table.put(file)
+        final = path.with_name(file.id)
+        path.rename(final)
+        try:
+            table.put(file)
+        except BaseException:
+            _remove(final)
+            raise
         self._count(file.id, file.size)
 
     def _count(self, id_: str, size: int | None) -> None:
@@ -252,7 +260,7 @@ class Arriving:
         self._grow(self.size + len(data))
         try:
             if self._content is None:
-                self._content = self.path.open("wb")
+                self._content = _created(self.path)
             self._content.write(data)
         except OSError as error:
             raise Overloaded(f"The file cannot be stored at present: {error.strerror}.") from error
@@ -267,7 +275,10 @@ class Arriving:
 def _hold(folder: Path) -> BinaryIO:
     """Locks a folder for this process, until the result is closed or the process ends. Otherwise two servers would run
     the same batches. Raises ConfigError if another server has the lock."""
-    file = (folder / LOCK).open("wb")
+    try:
+        file = _created(folder / LOCK)
+    except OSError as error:
+        raise ConfigError(f"The file {folder / LOCK} cannot be written: {error.strerror}.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -277,3 +288,15 @@ def _hold(folder: Path) -> BinaryIO:
             f"{error.strerror}. Give this server another --data-dir, or --max-file-bytes 0."
         ) from error
     return file
+
+
+def _created(path: Path) -> BinaryIO:
+    """Opens a file for writing, and empties it if it exists. Only the server's user may read it, because files contain
+    conversations."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _remove(path: Path) -> None:
+    """Deletes a file if it is there and can be deleted."""
+    with contextlib.suppress(OSError):
+        path.unlink()

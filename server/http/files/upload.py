@@ -20,6 +20,7 @@ FILE = "file"
 MAX_FIELD_BYTES = 256  # longest value of a field that is no file
 MAX_NAME_BYTES = 255  # longest name of a file
 MAX_PARTS = 16
+MAX_HEADER_BYTES = 2048  # longest header of a part, its name and its value together
 LEAST_RATE = 16 * 1024  # bytes of a file that must arrive in each second, after the first seconds
 IDLE_SECONDS = 30.0  # time after which an upload is refused if nothing of it arrives
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -44,9 +45,14 @@ async def read_upload(request: Request, arriving: Arriving, known: frozenset[str
     if media_type != b"multipart/form-data":
         shown = media_type.decode(errors="replace")[:64]
         raise HTTPException(415, f"Content-Type is {shown!r}; it must be multipart/form-data.")
+    if not options.get(b"boundary"):
+        raise RequestRejected(
+            "Content-Type has no boundary. HTTP clients add one themselves if they are not told a Content-Type.",
+            code="invalid_form",
+        )
     reader = _Reader(arriving, known)
     try:
-        parser = MultipartParser(options.get(b"boundary", b""), reader.callbacks())  # pyright: ignore[reportArgumentType]
+        parser = MultipartParser(options[b"boundary"], reader.callbacks())  # pyright: ignore[reportArgumentType]
         chunks, start = aiter(request.stream()), asyncio.get_running_loop().time()
         while True:
             if asyncio.get_running_loop().time() - start > patience + arriving.size / LEAST_RATE:
@@ -106,9 +112,18 @@ class _Reader:
 
     def _header_name(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
+        self._check_header()
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
+        self._check_header()
+
+    def _check_header(self) -> None:
+        # Older versions of the parser accept headers of any length.
+        if len(self._header) + len(self._value) > MAX_HEADER_BYTES:
+            raise RequestRejected(
+                f"A part of the form has a header with more than {MAX_HEADER_BYTES} bytes.", code="invalid_form"
+            )
 
     def _end_header(self) -> None:
         if self._header.lower() == b"content-disposition":

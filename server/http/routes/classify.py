@@ -16,7 +16,7 @@ from jamba_server.server.http.schemas.vectors.fields import usage_of
 from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import until_disconnect
 from jamba_server.server.http.vectors.arithmetic import probabilities, softmax
-from jamba_server.server.http.vectors.inputs import check_prompt, encode_inputs, encode_labels, without_padding
+from jamba_server.server.http.vectors.inputs import check_labels_fit, encode_inputs, encode_labels, without_padding
 from jamba_server.server.http.vectors.labels import LabelPrompt, score_labels
 from jamba_server.server.http.vectors.run import VectorPrompt
 
@@ -71,9 +71,7 @@ async def _prompts(body: ClassifyRequest, services: Services) -> list[VectorProm
 async def _label_prompts(body: ClassifyRequest, labels: list[str], services: Services) -> list[LabelPrompt]:
     ids = await encode_labels(services, labels, param="labels")
     tokens = await encode_inputs(services, body.inputs, param="input", add_special_tokens=body.add_special_tokens)
-    longest = max(ids, key=len)
-    for prompt in tokens:
-        check_prompt(services, [*prompt, *longest], param="input")
+    check_labels_fit(services, tokens, ids)
     return [LabelPrompt(prompt, ids) for prompt in tokens]
 
 

@@ -128,9 +128,13 @@ def _check(form: Form) -> int | None:
     anchor, seconds = form.fields.get(ANCHOR), form.fields.get(SECONDS)
     if anchor is None and seconds is None:
         return None
+    for name, value in ((ANCHOR, anchor), (SECONDS, seconds)):
+        if value is None:
+            raise RequestRejected(f"{name} is missing; expires_after needs an anchor and seconds.", param=name)
     if anchor != "created_at":
         raise RequestRejected(f"{ANCHOR} is {anchor!r}; it must be created_at.", param=ANCHOR)
-    if seconds is None or not seconds.isascii() or not seconds.isdecimal():
+    assert seconds is not None, "checked above"
+    if not seconds.isascii() or not seconds.isdecimal():
         raise RequestRejected(f"{SECONDS} is {seconds!r}; it must be a number of seconds.", param=SECONDS)
     if not MIN_LIFETIME_SECONDS <= int(seconds) <= MAX_LIFETIME_SECONDS:
         raise RequestRejected(

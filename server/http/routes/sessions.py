@@ -38,7 +38,8 @@ async def list_sessions(request: Request, services: ServicesOf) -> Response:
     """Lists the sessions of the API key, the most recently used first."""
     owner = tenant_of(request.scope)
     sessions = await services.responses.sessions(lambda table: table.list(owner))
-    return json_response(SessionList(data=[await _described(session, owner, services) for session in sessions]))
+    lengths = await services.responses.lengths([session.response_id for session in sessions], owner)
+    return json_response(SessionList(data=[_object(session, lengths[session.response_id]) for session in sessions]))
 
 
 @router.get("/{name}", response_model=SessionObject, responses=ERRORS)
@@ -51,8 +52,9 @@ async def get_session(name: str, request: Request, services: ServicesOf) -> Resp
 async def delete_session(name: str, request: Request, services: ServicesOf) -> Response:
     """Deletes a session and ends its pin. Its responses stay stored."""
     owner = tenant_of(request.scope)
-    session = await _find(name, owner, services)
-    await services.responses.sessions(lambda table: table.delete(name, owner))
+    session = await services.responses.sessions(lambda table: table.delete(name, owner))
+    if session is None:
+        raise _not_found(name)
     if session.pin is not None:
         services.engine.unpin(session.pin)
     return json_response(DeletedSession(id=name))
@@ -103,12 +105,18 @@ async def pin_session(name: str, body: PinRequest, request: Request, services: S
     spec = await prepared(request, plan_chat(task, services, id_=new_id("pin"), scope=request.scope))
     generation = services.generation(spec)
     await prepared(request, generation.collect())
-    if session.pin is not None:
-        services.engine.unpin(session.pin)
-    cache = generation.cache
+    cache, made = generation.cache, spec.requests()[0].id
     is_pinned = cache is not None and bool(cache.pinned_tokens)
-    pin, until = (spec.requests()[0].id, _now() + int(body.seconds)) if is_pinned else (None, None)
-    await services.responses.sessions(lambda table: table.pin(name, owner, pin, until))
+    pin, until = (made, _now() + int(body.seconds)) if is_pinned else (None, None)
+    try:
+        before = await services.responses.sessions(lambda table: table.pin(name, owner, pin, until))
+        if before is None:  # it was deleted meanwhile
+            raise _not_found(name)
+    except BaseException:
+        services.engine.unpin(made)
+        raise
+    if before.pin is not None:  # the pin that is replaced may be that of a request which came meanwhile
+        services.engine.unpin(before.pin)
     described = await _described(replace(session, pin=pin, pinned_until=until), owner, services)
     return json_response(PinnedSession(**_fields(described), jamba_cache=cache))
 
@@ -119,17 +127,26 @@ def _fields(session: SessionObject) -> dict[str, Any]:
 
 async def _find(name: str, owner: str, services: Services) -> Session:
     if (session := await services.responses.sessions(lambda table: table.get(name, owner))) is None:
-        raise SessionNotFound(f"There is no session {name[:64]!r}.")
+        raise _not_found(name)
     return session
 
 
+def _not_found(name: str) -> SessionNotFound:
+    return SessionNotFound(f"There is no session {name[:64]!r}.")
+
+
 async def _described(session: Session, owner: str, services: Services) -> SessionObject:
+    lengths = await services.responses.lengths([session.response_id], owner)
+    return _object(session, lengths[session.response_id])
+
+
+def _object(session: Session, num_responses: int) -> SessionObject:
     until = session.pinned_until
     return SessionObject(
         id=session.name,
         created_at=session.created_at,
         response_id=session.response_id,
-        num_responses=len(await services.responses.chain(session.response_id, owner)),
+        num_responses=num_responses,
         pinned_until=until if until is not None and until > _now() else None,
     )
 

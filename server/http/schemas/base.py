@@ -136,6 +136,18 @@ def string_or_list(value: object) -> str | None:
     return "(string)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
 
 
+CacheSalt = Annotated[
+    Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None,
+    Field(description="Share cached prefixes only with requests of this API key that have the same salt."),
+]
+Priority = Annotated[
+    Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None,
+    Field(description="Lower values run first. The server must run with --enable-priority."),
+]
+Timeout = Annotated[
+    Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None,
+    Field(description="Seconds after which the request is aborted. The header X-Request-Timeout does the same."),
+]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Stop = Annotated[
     Annotated[StopString, Tag("(string)")]
@@ -332,23 +344,13 @@ class GenerationBody(NoEffect, NullableBody):
             description="The only token ids that the reply may have. Without an end token the reply ends by its length."
         ),
     ] = None
-    cache_salt: Annotated[
-        Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None,
-        Field(description="Share cached prefixes only with requests of this API key that have the same salt."),
-    ] = None
+    cache_salt: CacheSalt = None
     cache: Annotated[
         CacheOptions | None,
         Field(description="How the request uses the prefix cache: `explain`, `read`, `write` and `pin`."),
     ] = None
-    priority: Annotated[
-        Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None,
-        Field(description="Lower values run first. The server must run with --enable-priority."),
-    ] = None
-
-    timeout: Annotated[
-        Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None,
-        Field(description="Seconds after which the request is aborted. The header X-Request-Timeout does the same."),
-    ] = None
+    priority: Priority = None
+    timeout: Timeout = None
 
     max_tokens: Annotated[
         TokenLimit | None, Field(description="Maximum tokens of the reply. -1 means the rest of the context.")

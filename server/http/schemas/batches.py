@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from jamba_server.server.http.schemas.base import Reply, RequestBody
 from jamba_server.server.http.schemas.files import MAX_LIFETIME_SECONDS, MIN_LIFETIME_SECONDS
@@ -68,7 +69,8 @@ class BatchRequest(RequestBody):
     @classmethod
     def _check_window(cls, window: str) -> str:
         if window_seconds(window) > MAX_WINDOW_SECONDS:
-            raise ValueError("is longer than the limit of 30d")
+            limit = MAX_WINDOW_SECONDS // _UNITS["d"]
+            raise PydanticCustomError("window", "{why}", {"why": f'is "{window}"; it must be at most {limit}d'})
         return window
 
 

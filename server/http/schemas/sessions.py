@@ -17,7 +17,8 @@ SESSION_FILE = "application/octet-stream"
 SESSION_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {SESSION_FILE: {"schema": {"type": "string", "format": "binary"}}}}
 }
-SessionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+# A name is a part of paths. HTTP clients take a part "." or ".." out of a path.
+SessionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
 
 
 class SessionObject(Reply):

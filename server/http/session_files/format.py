@@ -78,7 +78,10 @@ def unpacked(prefix: bytes, header: bytes) -> Contents:
     """Returns the checked header of a file. Raises RequestRejected."""
     if _PREFIX.unpack(prefix)[2] != sha256(header).digest():
         raise bad_file("its header is not the one that was written")
-    check_json(header)
+    try:
+        check_json(header, name="header")
+    except RequestRejected as error:
+        raise bad_file(str(error).rstrip(".")) from None
     try:
         contents = msgspec.json.decode(header, type=Contents)
     except (msgspec.DecodeError, RecursionError) as error:

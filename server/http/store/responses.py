@@ -112,6 +112,12 @@ class ResponseStore:
         links = [] if id_ is None else await self._run(lambda: self._database.chain(id_, owner))
         return [link.id for link in links]
 
+    async def lengths(self, ids: Iterable[str | None], owner: str) -> dict[str | None, int]:
+        """Returns of each response how many responses its conversation has: itself and those before it that are stored.
+        None is no response."""
+        wanted = [id_ for id_ in ids if id_ is not None]
+        return {None: 0} | (await self._run(lambda: self._database.lengths(wanted, owner)) if wanted else {})
+
     async def sessions(self, work: Callable[[Sessions], T]) -> T:
         """Calls `work` with the table of sessions, in the thread of the database, and returns its result."""
         return await self._run(lambda: work(self._database.sessions))

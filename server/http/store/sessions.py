@@ -83,16 +83,18 @@ class Sessions:
                 > 0
             )
 
-    def pin(self, name: str, owner: str, pin: str | None, until: int | None) -> None:
+    def pin(self, name: str, owner: str, pin: str | None, until: int | None) -> Session | None:
+        """Records a pin. Returns the session as it was before, or None if the owner has no session of this name."""
         with self._connection:
+            before = self.get(name, owner)
             self._connection.execute(
                 "UPDATE sessions SET pin = ?, pinned_until = ? WHERE name = ? AND owner = ?", (pin, until, name, owner)
             )
+        return before
 
-    def delete(self, name: str, owner: str) -> bool:
-        """Deletes a session. Returns whether there was one."""
+    def delete(self, name: str, owner: str) -> Session | None:
+        """Deletes a session. Returns the session as it was before, or None if the owner has no session of this name."""
         with self._connection:
-            return (
-                self._connection.execute("DELETE FROM sessions WHERE name = ? AND owner = ?", (name, owner)).rowcount
-                > 0
-            )
+            before = self.get(name, owner)
+            self._connection.execute("DELETE FROM sessions WHERE name = ? AND owner = ?", (name, owner))
+        return before

@@ -53,8 +53,10 @@ def without_padding(services: Services, token_ids: list[int]) -> list[int]:
 
 
 async def encode_labels(services: Services, labels: Sequence[str], *, param: str) -> tuple[tuple[int, ...], ...]:
-    """Returns the token ids of label words. Raises RequestRejected if a label has no token, or if two labels have the
-    same tokens."""
+    """Returns the token ids of label words. Raises RequestRejected if a label has no token or is longer than the
+    context, or if two labels have the same tokens."""
+    for position, label in enumerate(labels):
+        services.check_size(label, param=f"{param}.{position}")
     encode = services.tokenizer.encode
     tokens = await services.in_thread(lambda: [tuple(encode(label, add_special_tokens=False)) for label in labels])
     for position, ids in enumerate(tokens):
@@ -66,3 +68,16 @@ async def encode_labels(services: Services, labels: Sequence[str], *, param: str
                 f"The labels {other!r} and {labels[position]!r} have the same tokens.", param=f"{param}.{position}"
             )
     return tuple(tokens)
+
+
+def check_labels_fit(services: Services, prompts: Sequence[list[int]], labels: Sequence[tuple[int, ...]]) -> None:
+    """Raises RequestRejected if a prompt and a label together are longer than the context."""
+    limit, longest = services.engine.info.max_model_len, max(prompts, key=len)
+    for position, label in enumerate(labels):
+        if len(longest) + len(label) > limit:
+            raise RequestRejected(
+                f"labels.{position} has {len(label)} tokens and the longest input {len(longest)}; together they may "
+                f"have at most {limit}, which is this model's maximum context length.",
+                param=f"labels.{position}",
+                code="context_length_exceeded",
+            )

@@ -133,7 +133,7 @@ def test_unfinished_files_are_deleted_when_their_writer_is_gone(tmp_path: Path) 
     assert collect(tmp_path, 10**6, now=time.time() + ABANDONED_SECONDS + 60)[1] == [folder.path / "aa-1-bb.part"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "open"])
+@pytest.mark.parametrize("call", ["fsync", "writev", "rename", "open"])
 def test_a_full_disk(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,12 +8,14 @@ import { copy, element, iconButton } from "./dom.js";
 const MAX_DEPTH = 8; // of quotes and lists, and of inline marks; deeper ones are shown as plain text
 const MAX_INLINE = 20_000; // characters of one paragraph whose inline marks are read
 const MAX_COLUMNS = 64;
-const FENCE = /^ {0,3}(`{3,}|~{3,}) *([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
+// No two neighbouring parts of a pattern match the same character: a line of many spaces would otherwise take a time that
+// grows with the square of its length.
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]([^]*)$/;
 const RULE = /^ {0,3}(?:(?:\* *){3,}|(?:- *){3,}|(?:_ *){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/;
-const TABLE_RULE = /^ *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$/;
+const TABLE_RULE = /^ *(?:\| *)?:?-+:? *(?:\| *:?-+:? *)*(?:\| *)?$/;
 
 /** The blocks of a text inside an element. `update` replaces only the blocks that changed, which in a stream is the last
  * one, so that the work of a token does not grow with the reply and a selected text stays selected. */
@@ -82,7 +84,7 @@ function readBlock(lines, start, depth) {
 }
 
 function withoutClosingMarks(text) {
-  const trimmed = text.trimEnd();
+  const trimmed = text.trim();
   let end = trimmed.length;
   while (trimmed[end - 1] === "#") end--;
   return end === 0 || trimmed[end - 1] === " " ? trimmed.slice(0, end).trimEnd() : trimmed;

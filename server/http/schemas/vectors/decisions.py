@@ -16,6 +16,7 @@ from jamba_server.server.http.schemas.responses.items import (
     FunctionCall,
     FunctionCallOutput,
     Item,
+    RefusalPart,
 )
 from jamba_server.server.http.schemas.vectors.fields import Text, VectorBody
 
@@ -38,22 +39,23 @@ class TextPart(NullableBody):
     ] = None
 
 
-class RefusalPart(RequestBody):
-    """A text in which an assistant has refused to answer."""
+def _data_kind(value: object) -> str | None:
+    return "(object)" if isinstance(value, dict) else "(list)" if isinstance(value, list) else None
 
-    type: Literal["refusal"]
-    refusal: Annotated[str, Field(description="The text.")]
 
-    @property
-    def text(self) -> str:
-        return self.refusal
+JsonData = Annotated[
+    Annotated[dict[str, Any], Tag("(object)")] | Annotated[list[dict[str, Any]], Tag("(list)")],
+    Discriminator(
+        _data_kind, custom_error_type="content_type", custom_error_message="must be an object or a list of objects"
+    ),
+]
 
 
 class JsonPart(RequestBody):
     """JSON, which the model reads as text."""
 
     type: Literal["input_json"]
-    data: Annotated[dict[str, Any] | list[dict[str, Any]], Field(description="An object, or a list of objects.")]
+    data: Annotated[JsonData, Field(description="An object, or a list of objects.")]
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -66,27 +68,39 @@ class JsonPart(RequestBody):
         return json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
 
 
-def _only_text(value: Any) -> Any:
-    kind = value.get("type", "(none)") if isinstance(value, dict) else None
-    if kind is not None and kind not in PART_TYPES:
-        why = f"has the type {str(kind)[:32]!r}, but the model reads only text; it reads {', '.join(PART_TYPES)}"
-        raise PydanticCustomError("not_text", "{why}", {"why": why})
-    return value
+def _one_of(types: tuple[str, ...], why: str = "", *, optional: bool = False) -> BeforeValidator:
+    """Returns a validator that refuses objects whose `type` is none of `types`. The text `why` follows the type in the
+    error. With `optional`, an object needs no type."""
+
+    def check(value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else types[0]
+        if kind not in types and not (optional and kind is None):
+            has = f"has the type {str(kind)[:48]!r}{why}" if "type" in value else "has no `type`"
+            raise PydanticCustomError("type", "{why}", {"why": f"{has}; it must be one of {', '.join(types)}"})
+        return value
+
+    return BeforeValidator(check)
 
 
-def _part_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"({kind if kind in ('refusal', 'input_json') else 'text'})"
+def _by_type(types: tuple[str, ...]) -> Discriminator:
+    """Chooses the member of a union whose tag is the `type` of an object in parentheses: one of `types`, of which the
+    first one stands for all others."""
+
+    def tag(value: Any) -> str:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return f"({kind if kind in types else types[0]})"
+
+    return Discriminator(tag)
 
 
 Part = Annotated[
     Annotated[
-        Annotated[TextPart, Tag("(text)")]
+        Annotated[TextPart, Tag("(input_text)")]
         | Annotated[RefusalPart, Tag("(refusal)")]
         | Annotated[JsonPart, Tag("(input_json)")],
-        Discriminator(_part_kind),
+        _by_type(("input_text", "input_json", "refusal")),
     ],
-    BeforeValidator(_only_text),
+    _one_of(PART_TYPES, ", but the model reads only text"),
 ]
 Content = Annotated[
     Annotated[str, Tag("(string)")] | Annotated[list[Part], Field(fail_fast=True), Tag("(list)")],
@@ -126,18 +140,6 @@ ITEM_TYPES = (
 )
 
 
-def _known_item(value: Any) -> Any:
-    if isinstance(value, dict) and (kind := value.get("type")) is not None and kind not in ITEM_TYPES:
-        why = f"has the type {str(kind)[:48]!r}, which this server does not read; it reads {', '.join(ITEM_TYPES)}"
-        raise PydanticCustomError("item_type", "{why}", {"why": why})
-    return value
-
-
-def _item_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"({kind or 'message'})"
-
-
 DecisionItem = Annotated[
     Annotated[
         Annotated[DecisionMessage, Tag("(message)")]
@@ -145,9 +147,9 @@ DecisionItem = Annotated[
         | Annotated[FunctionCallOutput, Tag("(function_call_output)")]
         | Annotated[CustomToolCall, Tag("(custom_tool_call)")]
         | Annotated[CustomToolCallOutput, Tag("(custom_tool_call_output)")],
-        Discriminator(_item_kind),
+        _by_type(ITEM_TYPES),
     ],
-    BeforeValidator(_known_item),
+    _one_of(ITEM_TYPES, ", which this server does not read", optional=True),
 ]
 DecisionInput = Annotated[
     Annotated[Text, Tag("(string)")]
@@ -175,10 +177,22 @@ class Predicate(_Question):
     type: Literal["predicate"]
 
 
+def _value_kind(value: object) -> str | None:
+    return "(string)" if isinstance(value, str) else "(bool)" if isinstance(value, bool) else None
+
+
+ChoiceValue = Annotated[
+    Annotated[StrictStr, Tag("(string)")] | Annotated[StrictBool, Tag("(bool)")],
+    Discriminator(
+        _value_kind, custom_error_type="content_type", custom_error_message="must be a string, true or false"
+    ),
+]
+
+
 class Choice(NullableBody):
     """One of the options of a question."""
 
-    value: Annotated[StrictStr | StrictBool, Field(description="The value that the answer has: a text, true or false.")]
+    value: Annotated[ChoiceValue, Field(description="The value that the answer has: a text, true or false.")]
     description: Annotated[str | None, Field(description="What the option means.")] = None
 
 
@@ -218,26 +232,14 @@ class ScoreQuestion(_Question):
 QUESTION_TYPES = ("predicate", "choice", "score")
 
 
-def _known_question(value: Any) -> Any:
-    if isinstance(value, dict) and (kind := value.get("type")) not in QUESTION_TYPES:
-        why = f"has the type {str(kind)[:48]!r}; it must be one of {', '.join(QUESTION_TYPES)}"
-        raise PydanticCustomError("question_type", "{why}", {"why": why})
-    return value
-
-
-def _question_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"({kind or 'predicate'})"
-
-
 Question = Annotated[
     Annotated[
         Annotated[Predicate, Tag("(predicate)")]
         | Annotated[ChoiceQuestion, Tag("(choice)")]
         | Annotated[ScoreQuestion, Tag("(score)")],
-        Discriminator(_question_kind),
+        _by_type(QUESTION_TYPES),
     ],
-    BeforeValidator(_known_question),
+    _one_of(QUESTION_TYPES),
 ]
 
 

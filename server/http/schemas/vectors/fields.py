@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from jamba_server.engine.validation import INT32_MAX
 from jamba_server.server.http.schemas.base import (
-    MAX_CACHE_SALT_CHARS,
-    MAX_TIMEOUT_SECONDS,
+    CacheSalt,
     NullableBody,
+    Priority,
     PromptTokensDetails,
     Reply,
+    Timeout,
     TokenId,
 )
 
@@ -62,18 +62,9 @@ class VectorBody(NullableBody):
         Field(description="One of the names that /v1/models lists. Default: the first of them."),
     ] = None
     user: Annotated[str | None, Field(description="The client's name for its user. It has no effect.")] = None
-    cache_salt: Annotated[
-        Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None,
-        Field(description="Share cached prefixes only with requests that have the same salt."),
-    ] = None
-    priority: Annotated[
-        Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None,
-        Field(description="Lower values run first. The server must run with --enable-priority."),
-    ] = None
-    timeout: Annotated[
-        Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None,
-        Field(description="Seconds after which the request is aborted. The header X-Request-Timeout does the same."),
-    ] = None
+    cache_salt: CacheSalt = None
+    priority: Priority = None
+    timeout: Timeout = None
 
 
 class InputBody(VectorBody):
