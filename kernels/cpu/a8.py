@@ -198,6 +198,10 @@ class Linear:
             start += part.rows * item
         return y
 
+    def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """See the protocol `kernels.ops.Linear`. The weight is one that `other.pack` has packed."""
+        self._other.sums(x, weight, out)
+
 
 class Experts(NamedTuple):
     """Contains the packed weights of E experts: gate_up [E, 2F, H] and down [E, H, F].
@@ -258,3 +262,7 @@ class RunExperts:
             DTYPES[x.dtype],
         )
         return y
+
+    def sums(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """See the protocol `kernels.ops.RunExperts`. The experts are those that `other.pack` has packed."""
+        self._other.sums(x, experts, weights, ids, out)

@@ -68,9 +68,24 @@ struct TileArguments {
     Walk walk;
 };
 
+// Writes the sums of a tile to `p.sums`.
+template <class T, int MR, int NV>
+void store_float_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
+    const Product<T>& p = *a.product;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v++) {
+        const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
+        if (n <= 0) return;
+        float* const sums = p.sums + a.first_row * p.y_stride + column;
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) put(sums + m * p.y_stride, c[m][v], n < WIDTH ? n : WIDTH);
+    }
+}
+
 template <class T, int MR, int NV>
 void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     const Product<T>& p = *a.product;
+    if (p.sums) return store_float_tile<T, MR, NV>(c, a);
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
         const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;

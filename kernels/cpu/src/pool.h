@@ -186,8 +186,6 @@ private:
         _mm_pause();
 #elif defined(__aarch64__)
         asm volatile("isb");  // The instruction YIELD would not wait at all on most processors.
-#elif defined(__aarch64__)
-        __asm__ volatile("isb");
 #endif
     }
 
