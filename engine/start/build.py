@@ -44,8 +44,8 @@ from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
-from jamba_server.engine.start.processors import Threads, choose_threads, find_processors
 from jamba_server.engine.start.parallel import agreed, alone, choose_device, of_rank
+from jamba_server.engine.start.processors import Threads, choose_threads, find_processors
 from jamba_server.engine.start.rank_options import check_options
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
