@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from typing import Any
@@ -19,6 +20,9 @@ SOURCES = "kernels/cpu/src"
 LIBRARY = "kernels/cpu/_native.abi3.so"
 # The two warnings that are turned off are wrong about gcc's own intrinsics.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+# On Linux the library contains what it uses of the compiler's own libraries, so that a wheel runs where they are older.
+STATIC = ["-static-libstdc++", "-static-libgcc", "-Wl,--as-needed"] if sys.platform == "linux" else []
 
 
 class ParallelBuild(build_ext):
@@ -74,10 +78,11 @@ setup(
                 "-std=c++17",
                 "-ffp-contract=off",
                 "-fvisibility=hidden",
+                "-fno-exceptions",
                 "-pthread",
                 *WARNINGS,
             ],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *STATIC],
         )
     ],
     cmdclass={"build_ext": ParallelBuild},

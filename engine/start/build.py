@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +41,9 @@ from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
+from jamba_server.engine.start.processors import Threads, choose_threads, find_processors
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
-from jamba_server.engine.start.step_size import StepSize, choose_step_size, measure_rates
+from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
 from jamba_server.engine.start.tier_sizes import with_host_tier
 from jamba_server.engine.start.tiers import check_folder, make_cache, make_worker
 from jamba_server.engine.start.weights import dummy_weights, load_weights
@@ -50,7 +51,8 @@ from jamba_server.engine.types import EngineInfo
 from jamba_server.engine.weight_sizes import policy_of, weight_bytes
 from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
-from jamba_server.kernels.ops import Kernels
+from jamba_server.kernels.cpu.library import library
+from jamba_server.kernels.ops import Kernels, KernelUnavailable
 from jamba_server.kernels.table import select
 from jamba_server.kernels.torch_ops import MAX_GATHERED_BYTES
 
@@ -96,6 +98,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     check_folder(config)
+    threads = start_threads(config, device)
     kernels, activations = choose_kernels(config, policy, dtype, device)
     step = choose_steps(config, model_config, policy, dtype, device, kernels)
     if step is not None:
@@ -137,7 +140,11 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     core = EngineCore(
         runner,
         make_scheduler(loaded, config, plan, runner.storage, worker),
-        make_info(loaded, config, plan, load_seconds=time.monotonic() - started, step_size=step and step.reason),
+        msgspec.structs.replace(
+            make_info(loaded, config, plan, load_seconds=time.monotonic() - started),
+            step_size="" if step is None else step.reason,
+            threads="" if threads is None else threads.reason,
+        ),
         compiler,
     )
     if worker is not None:
@@ -145,14 +152,32 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     return core
 
 
+def start_threads(config: EngineConfig, device: torch.device) -> Threads | None:
+    """Starts the threads of the CPU kernels, or returns None for a GPU. Must be called before the kernels are loaded:
+    they use as many threads as torch is set to use at the time of loading. Raises ConfigError if the option numa cannot
+    be satisfied or the system does not start so many threads."""
+    if device.type != "cpu":
+        if config.numa != "auto":
+            raise ConfigError(f"numa {config.numa!r} is for CPUs; leave the option out on a GPU.")
+        return None
+    threads = choose_threads(config.threads, config.numa, find_processors())
+    torch.set_num_threads(threads.count)
+    try:
+        if unbound := library().set_nodes(threads.nodes):
+            return replace(threads, reason=f"{threads.reason}; {unbound} of them could not be bound to their node")
+    except OSError as error:
+        raise ConfigError(f"threads {threads.count} is too many: {error}.") from error
+    except KernelUnavailable as error:  # `select` says which kernels run instead
+        if len(threads.nodes) > 1:
+            reason = f"{threads.count}, not divided among the {len(threads.nodes)} memory nodes: {error}"
+            return replace(threads, reason=reason)
+    return threads
+
+
 def choose_kernels(
     config: EngineConfig, policy: QuantizationPolicy, dtype: torch.dtype, device: torch.device
 ) -> tuple[Kernels, ActivationQuantization]:
     """Returns the kernels, and the format to which they round activations. Raises ConfigError or KernelError."""
-    # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch
-    # is set to use at the time of loading.
-    if device.type == "cpu":
-        torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
     if int8_bits := int8_activations(config, policy, dtype, device, kernels.names):
@@ -171,7 +196,8 @@ def choose_steps(
     """Returns the number of prompt tokens in a step if the time of a step decides it. Raises ConfigError if max_step_ms
     is given for a GPU."""
     if device.type == "cpu":
-        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype))
+        shares = format_shares(model, policy)
+        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype, shares))
     if config.max_step_ms is not None:
         raise ConfigError("max_step_ms is for CPUs; on a GPU, max_num_batched_tokens limits a step.")
     return None
@@ -284,9 +310,7 @@ def capture(runner: ModelRunner, reply: Chunk, on_progress: OnProgress) -> None:
     on_progress("capturing graphs", 1.0)
 
 
-def make_info(
-    loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float, step_size: str | None = None
-) -> EngineInfo:
+def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float) -> EngineInfo:
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
@@ -320,7 +344,6 @@ def make_info(
         batch_dependent_ops=loaded.kernels.batch_dependent_ops,
         load_seconds=load_seconds,
         warnings=warnings,
-        step_size=step_size or "",
         hidden_size=model_config.hidden_size,
         labels=model_config.labels if model_config.is_classifier else (),
         problem_type=model_config.problem_type,

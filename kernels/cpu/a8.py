@@ -110,7 +110,7 @@ class Packer:
         tensors = (weight.values, weight.scales, weight.super_scales)
         parts = [_flat(part) for part in (*tensors, weight.offsets, weight.super_offsets, weight.zeros)]
         matrices, size = weight.values.numel() // (rows * inputs), self._bytes(address)
-        panels = self._memory(size * matrices)
+        panels = self._memory(size, matrices)
         for i in range(matrices):
             own = [None if part is None else part[i].contiguous() for part in parts]
             pointers = [None if part is None else part.data_ptr() for part in own]

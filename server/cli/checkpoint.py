@@ -75,6 +75,15 @@ def split_hub_id(model: str) -> tuple[str, str | None]:
     return split_name(model)
 
 
+def refuse_local(model: str, why: str) -> None:
+    """Raises CheckpointError if the argument of a command is empty or a local path. `why` ends the sentence that says
+    so, because the command needs a model of the hub."""
+    if not model.strip():
+        raise CheckpointError("MODEL is empty; name a model of the hub, such as ORGANISATION/NAME.")
+    if is_local(Path(model).expanduser()):
+        raise CheckpointError(f"{model} is a local path{why}")
+
+
 def is_local(path: Path) -> bool:
     """Returns whether `path` is a local path, which is not looked up on the hub. A local path exists, or its name ends
     like that of a weights file."""

@@ -157,6 +157,8 @@ def test_rm_of_one_quantisation(cache: Path) -> None:
 def test_what_cannot_be_deleted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="has no model org/name; `jamba list` shows what it has"):
         jamba("rm", "org/name")
+    with pytest.raises(CheckpointError, match="MODEL is empty"):
+        jamba("rm", "")
     with pytest.raises(CheckpointError, match="is a local path"):
         jamba("rm", str(cache))
     store(cache, "org/name", {"config.json": b"{}"})

@@ -314,18 +314,13 @@ struct Work {
     }
 
     void run() const {
-        parallel_for(pieces, 1, [&](int64_t piece, int64_t end) {
-            const Part* part = parts;
-            while (piece < end) {
-                while (part + 1 < parts + count && part[1].pieces_before <= piece) part++;
-                const int64_t panels = ceil_div(part->product.n, PANEL), first = piece - part->pieces_before;
-                const int64_t number = ceil_div(panels, part->grain), left = end - part->pieces_before;
-                const int64_t last = left < number ? left : number;
-                const int64_t panel_end = last * part->grain < panels ? last * part->grain : panels;
-                multiply_panels(*part, first * part->grain, panel_end);
-                piece += last - first;
-            }
-        }, /*in_runs=*/true);
+        const auto pieces_before = [&](int64_t i) { return i < count ? parts[i].pieces_before : pieces; };
+        parallel_for_parts(count, pieces_before, [&](int64_t i, int64_t first, int64_t last) {
+            const Part& part = parts[i];
+            const int64_t panels = ceil_div(part.product.n, PANEL);
+            const int64_t panel_end = last * part.grain < panels ? last * part.grain : panels;
+            multiply_panels(part, first * part.grain, panel_end);
+        });
     }
 };
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import filesize
 
-from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.model_config import load_model_config
-from jamba_server.server.cli.checkpoint import CONFIG_PATTERNS, is_local, split_hub_id
+from jamba_server.server.cli.checkpoint import CONFIG_PATTERNS, refuse_local, split_hub_id
 from jamba_server.server.cli.download import HubFile, download, list_files
 from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.models.cached import Machine, describe
@@ -38,8 +36,7 @@ def pull(
     """Download a model from the hub, or what is missing of it. Complete files are kept after an interruption, and large
     files are compared with their checksums."""
     configure_logging("WARNING")
-    if is_local(Path(model).expanduser()):
-        raise CheckpointError(f"{model} is a local path: there is nothing to download.")
+    refuse_local(model, ": there is nothing to download.")
     hub_id, quantization = split_hub_id(model)
     files, folder = list_files(hub_id, config.revision, list(CONFIG_PATTERNS) if quantization is None else [])
     selection = select(hub_id, files, quantization)

@@ -12,7 +12,7 @@ from huggingface_hub import CachedRepoInfo, CachedRevisionInfo, HFCacheInfo, con
 from rich import filesize
 
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.server.cli.checkpoint import is_local
+from jamba_server.server.cli.checkpoint import refuse_local
 from jamba_server.server.cli.gguf_choice import NoSuchFile, choose, split_name
 from jamba_server.server.cli.models.cached import gguf_files, model_repositories, scan
 
@@ -52,8 +52,7 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking")] = False,
 ) -> None:
     """Delete a model from the hub cache, after a question. Says how many bytes were freed."""
-    if is_local(Path(model).expanduser()):
-        raise CheckpointError(f"{model} is a local path; `jamba rm` deletes only models of the hub cache.")
+    refuse_local(model, "; `jamba rm` deletes only models of the hub cache.")
     cache = scan()
     removal = plan_removal(cache, model, revision)
     assert cache is not None, "the model was found in it"
