@@ -29,8 +29,8 @@ class TableChanges(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What a row of the tables has: the first `num_pages` pages of the array `block_ids`. A sequence gets a new array when
-    it gets other pages, and the array only grows while it has these pages."""
+    """What a row of the tables has: the first `num_pages` pages of the array `block_ids`. A sequence gets a new array
+    when it gets other pages, and the array only grows while it has these pages."""
 
     row: int
     block_ids: array[int]
