@@ -12,6 +12,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["int8", "int4", "int4-g32", "fp8"]
 ActivationQuantization = Literal["none", "int8"]
 LoadFormat = Literal["auto", "dummy"]
+Numa = Literal["auto", "none", "split"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
 
@@ -37,6 +38,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `max_step_ms` limits the time of a step on a CPU: it decides `max_num_batched_tokens` where that is None.
 
+    `threads` is the number of threads of the CPU kernels, by default one for each processor that this process may use.
+    `numa` "split" divides them and the weights among the memory nodes of the machine, "none" does not, and "auto" does
+    where there are several (`engine.start.processors`).
+
     `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
     a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
     launches a step before the tokens of the last one are known; None means on a GPU only. It changes no token.
@@ -46,6 +51,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     precedence. `kv_cache_dtype` "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's
     dtype. `state_cache_dtype` "int8" stores saved SSM states in one byte a number with a scale for each channel, so
     that prefix hits are not exact; "auto" stores them as running sequences do.
+
+    `tensor_parallel_size` is the number of ranks, each a process, that divide every layer among each other.
+    `tensor_parallel_exact` adds the parts of a sum in an order that is the same for 1, 2, 4 and 8 ranks; None means
+    with more than one rank. `threads` is the number of CPU threads of each rank.
 
     `state_cache_host_bytes` is the memory of the prefix cache's host tier, and `state_cache_disk_path` the folder of
     its disk tier, in which all servers together have at most `state_cache_disk_bytes`.
@@ -77,7 +86,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     enable_priority: bool = False
     tensor_parallel_size: int = 1
+    tensor_parallel_exact: bool | None = None
     seed: int = 0
     threads: int | None = None
+    numa: Numa = "auto"
     batch_invariant: bool | None = None
     kernels: dict[str, str] = msgspec.field(default_factory=dict[str, str])

@@ -26,6 +26,7 @@ from jamba_server.engine.config import (
     EngineConfig,
     KvCacheDtype,
     LoadFormat,
+    Numa,
     Quantization,
     StateCacheDtype,
 )
@@ -165,8 +166,7 @@ class ServerConfig:
         Count, Help("server", "Seconds after which a connection without a request is closed", "SECONDS")
     ] = 75  # nginx reuses a connection within 60 s, so this server closes idle connections later than that
     allowed_origins: Annotated[
-        tuple[str, ...],
-        Help("server", "Origin of web pages that may call the server, or *; may be repeated", "ORIGIN"),
+        tuple[str, ...], Help("server", "Origin of web pages that may call the server, or *; may be repeated", "ORIGIN")
     ] = ()
     root_path: Annotated[
         str, Help("server", "Path under which a proxy publishes the server, such as /jamba", "PATH")
@@ -229,8 +229,7 @@ class ServerConfig:
 
     device: Annotated[Device, Help("model", "Device that runs the model; auto is the GPU if there is one")] = "auto"
     dtype: Annotated[
-        Dtype,
-        Help("model", "Number format of weights and KV pages; auto is the model's own", aliases=DTYPE_ALIASES),
+        Dtype, Help("model", "Number format of weights and KV pages; auto is the model's own", aliases=DTYPE_ALIASES)
     ] = "auto"
     quantization: Annotated[
         Quantization | None,
@@ -269,8 +268,7 @@ class ServerConfig:
         ),
     ] = None
     max_step_ms: Annotated[
-        Count | None,
-        Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "40"),
+        Count | None, Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "40")
     ] = None
     kv_cache_dtype: Annotated[
         KvCacheDtype, Help("memory", "Number format of KV pages; auto is --dtype, fp8 needs half the memory")
@@ -309,12 +307,9 @@ class ServerConfig:
     gpu_memory_utilization: Annotated[
         Share, Help("memory", "Share of the GPU's memory the server may use", "FRACTION")
     ] = 0.92
-    enforce_eager: Annotated[bool, Help("expert", "Launch every kernel from Python instead of replaying graphs")] = (
-        False
-    )
+    enforce_eager: Annotated[bool, Help("expert", "Launch kernels from Python instead of replaying graphs")] = False
     async_scheduling: Annotated[
-        bool | None,
-        Help("expert", "Start the next step before the previous results are read", default="on for a GPU"),
+        bool | None, Help("expert", "Start the next step before the last results are read", default="on for a GPU")
     ] = None
     enable_prefix_caching: Annotated[bool, Help("memory", "Compute a prefix that several requests share only once")] = (
         True
@@ -324,10 +319,15 @@ class ServerConfig:
     ] = False
     enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
     tensor_parallel_size: Annotated[
-        Count, Help("expert", "GPUs that share the model; more than 1 is not supported yet")
+        Count, Help("memory", "Processes that divide the model among each other, each on its own GPU: 1, 2, 4 or 8")
     ] = 1
+    tensor_parallel_exact: Annotated[
+        bool | None,
+        Help("expert", "Compute the same bits with 1, 2, 4 and 8 processes", default="with more than one process"),
+    ] = None
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
-    threads: Annotated[Count | None, Help("expert", "CPU threads of the engine", "N", "one per core")] = None
+    threads: Annotated[Count | None, Help("expert", "CPU threads of each engine process", "N", "one per core")] = None
+    numa: Annotated[Numa, Help("expert", "Divide threads and weights among memory nodes; auto: if several")] = "auto"
     batch_invariant: Annotated[
         bool | None,
         Help(
@@ -372,8 +372,6 @@ class ServerConfig:
         """Raises ConfigError for options that contradict each other, are not supported or name missing files."""
         if self.quantize_mamba and self.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization: {' or '.join(OPTIONS['quantization'].choices)}.")
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
         if len(set(self.label_words)) < len(self.label_words):
             raise ConfigError(f"classify_labels is {self.classify_labels!r}; each word may be there only once.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):

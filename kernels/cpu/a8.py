@@ -110,7 +110,7 @@ class Packer:
         tensors = (weight.values, weight.scales, weight.super_scales)
         parts = [_flat(part) for part in (*tensors, weight.offsets, weight.super_offsets, weight.zeros)]
         matrices, size = weight.values.numel() // (rows * inputs), self._bytes(address)
-        panels = self._memory(size * matrices)
+        panels = self._memory(size, matrices)
         for i in range(matrices):
             own = [None if part is None else part[i].contiguous() for part in parts]
             pointers = [None if part is None else part.data_ptr() for part in own]
@@ -198,6 +198,10 @@ class Linear:
             start += part.rows * item
         return y
 
+    def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """See the protocol `kernels.ops.Linear`. The weight is one that `other.pack` has packed."""
+        self._other.sums(x, weight, out)
+
 
 class Experts(NamedTuple):
     """Contains the packed weights of E experts: gate_up [E, 2F, H] and down [E, H, F].
@@ -258,3 +262,7 @@ class RunExperts:
             DTYPES[x.dtype],
         )
         return y
+
+    def sums(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """See the protocol `kernels.ops.RunExperts`. The experts are those that `other.pack` has packed."""
+        self._other.sums(x, experts, weights, ids, out)

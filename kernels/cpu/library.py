@@ -6,7 +6,7 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,10 @@ _AMX = (
 )
 
 
+MOST_THREADS = 1024
+"""The largest number of threads. More are not started."""
+
+
 def compiled_levels(machine: str) -> tuple[str, ...]:
     """Returns the levels that a library for the processors `machine` has, in ascending order. `machine` is what
     `platform.machine` returns."""
@@ -70,6 +74,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.nodes = 1  # the number of memory nodes
         self._library = ctypes.CDLL(str(path))
         self._functions: list[Any] = []
         self._recorder = threading.Lock()
@@ -147,8 +152,58 @@ class Library:
         return _AMX[self.function("amx_availability", result=INT)()]
 
     def set_threads(self, threads: int) -> None:
-        """Sets the largest number of threads that a kernel uses. The calling thread is one of these threads."""
-        self.function("set_threads", INT)(threads)
+        """Sets the largest number of threads that a kernel uses. The calling thread is one of these threads.
+
+        Raises OSError if the system does not start so many threads.
+        """
+        started = self.function("set_threads", INT, result=INT)(threads)
+        if started < min(threads, MOST_THREADS):
+            raise OSError(f"the CPU kernels need {threads} threads; the system started {started - 1} beside the caller")
+
+    def set_nodes(self, nodes: Sequence[Sequence[int]]) -> int:
+        """Sets the processors of each memory node on which threads shall run. With more than one node, the threads are
+        divided among the nodes and bound to the processors of their node.
+
+        Returns the number of threads that the system did not let be bound. Raises ValueError for a node without a
+        processor, for more than 64 nodes, and for a processor with a number above 8191.
+        """
+        pairs = [(number, node) for node, numbers in enumerate(nodes) for number in numbers]
+        array = ctypes.c_int64 * len(pairs)
+        processors, node_of = array(*(number for number, _ in pairs)), array(*(node for _, node in pairs))
+        set_nodes = self.function("set_nodes", POINTER, POINTER, INT, INT, result=INT)
+        unbound: int = set_nodes(ctypes.addressof(processors), ctypes.addressof(node_of), len(pairs), len(nodes))
+        if unbound < 0:
+            raise ValueError(f"the memory nodes must have processors with numbers below 8192, not {list(nodes)}")
+        self.nodes = len(nodes)
+        return unbound
+
+    def set_together(self, together: bool) -> None:
+        """For tests: makes every thread that a kernel needs take a part of the kernel's work, however small."""
+        self.function("set_together", INT)(together)
+
+    def pieces_taken(self, threads: int) -> list[int]:
+        """Returns how many ranges of pieces of work each thread has taken since their number was set.
+
+        The first of the `threads` numbers is that of the threads that call kernels.
+        """
+        counts = (ctypes.c_int64 * threads)()
+        self.function("pieces_taken", POINTER, INT)(ctypes.addressof(counts), threads)
+        return list(counts)
+
+    def jobs_run(self) -> int:
+        """Returns how many times several threads have shared the work of a kernel, since the library was loaded."""
+        return self.function("jobs_run", result=INT)()
+
+    def meeting_seconds(self, times: int = 10_000) -> float:
+        """Measures how long a kernel takes in which every thread waits for all others.
+
+        There must not be more threads than processors, because the waiting threads do not let others run.
+        """
+        meet = self.function("meet", INT)
+        meet(times)
+        start = time.perf_counter()
+        meet(times)
+        return (time.perf_counter() - start) / times
 
 
 PREFETCH_DISTANCES = (0, 512, 1024, 2048, 4096, 8192, 16384)

@@ -416,14 +416,13 @@ struct A8Parts {
     void multiply(const A8Layout& l) const {
         with_reader(weights, [&](auto r) {
             using R = decltype(r);
-            parallel_for(panels, 1, [&](int64_t panel, int64_t last) {
-                const A8Part<T>* part = parts;
+            const auto panels_before = [&](int64_t i) { return i < count ? parts[i].panels_before : panels; };
+            parallel_for_parts(count, panels_before, [&](int64_t i, int64_t panel, int64_t last) {
                 for (; panel < last; panel++) {
-                    while (part + 1 < parts + count && part[1].panels_before <= panel) part++;
-                    if (l.halves == 2) a8_panel<R, 2>(*part, l, panel - part->panels_before);
-                    else a8_panel<R, 1>(*part, l, panel - part->panels_before);
+                    if (l.halves == 2) a8_panel<R, 2>(parts[i], l, panel);
+                    else a8_panel<R, 1>(parts[i], l, panel);
                 }
-            }, /*in_runs=*/true);
+            });
         });
     }
 };

@@ -91,7 +91,8 @@ inline void write_rows(const Product<bf16>& p, int64_t panel, int64_t row, int64
         const Vec bias = p.bias ? take(p.bias + column, n) : set(0.0f);
         for (int64_t m = 0; m < rows; m++) {
             const Vec sum = load(sums + m * PANEL + c);
-            put(p.y + (row + m) * p.y_stride + column, p.bias ? sum + bias : sum, n);
+            if (p.sums) put(p.sums + (row + m) * p.y_stride + column, sum, n);
+            else put(p.y + (row + m) * p.y_stride + column, p.bias ? sum + bias : sum, n);
         }
     }
 }
@@ -314,18 +315,13 @@ struct Work {
     }
 
     void run() const {
-        parallel_for(pieces, 1, [&](int64_t piece, int64_t end) {
-            const Part* part = parts;
-            while (piece < end) {
-                while (part + 1 < parts + count && part[1].pieces_before <= piece) part++;
-                const int64_t panels = ceil_div(part->product.n, PANEL), first = piece - part->pieces_before;
-                const int64_t number = ceil_div(panels, part->grain), left = end - part->pieces_before;
-                const int64_t last = left < number ? left : number;
-                const int64_t panel_end = last * part->grain < panels ? last * part->grain : panels;
-                multiply_panels(*part, first * part->grain, panel_end);
-                piece += last - first;
-            }
-        }, /*in_runs=*/true);
+        const auto pieces_before = [&](int64_t i) { return i < count ? parts[i].pieces_before : pieces; };
+        parallel_for_parts(count, pieces_before, [&](int64_t i, int64_t first, int64_t last) {
+            const Part& part = parts[i];
+            const int64_t panels = ceil_div(part.product.n, PANEL);
+            const int64_t panel_end = last * part.grain < panels ? last * part.grain : panels;
+            multiply_panels(part, first * part.grain, panel_end);
+        });
     }
 };
 
@@ -350,7 +346,7 @@ inline void mix_experts(const Experts<bf16>& e) {
     auto* const memory = static_cast<char*>(scratch(1, most * int64_t(sizeof(Part)) + (2 * entries + e.experts + 1) * 4));
     const Order order = sort_entries(e, reinterpret_cast<int32_t*>(memory + most * sizeof(Part)));
     auto* const hidden = static_cast<bf16*>(scratch(2, entries * wide * 2));
-    auto* const outputs = static_cast<bf16*>(scratch(3, entries * e.hidden * 2));
+    void* const outputs = scratch(3, entries * e.hidden * (e.sums ? 4 : 2));
     auto* const copies = static_cast<char*>(scratch(0, bytes));
 
     auto each_expert = [&](const auto& product) {
@@ -375,10 +371,13 @@ inline void mix_experts(const Experts<bf16>& e) {
         }
     });
     each_expert([&](int64_t i, int64_t start, int64_t size) {
+        const int64_t first = start * e.hidden;
         return Product<bf16>{hidden + start * wide, wide, nullptr, of_expert(e.down, e.hidden, i), nullptr,
-                             outputs + start * e.hidden, e.hidden, size, e.hidden};
+                             e.sums ? nullptr : static_cast<bf16*>(outputs) + first, e.hidden, size, e.hidden,
+                             e.sums ? static_cast<float*>(outputs) + first : nullptr};
     });
-    add_outputs(e, order, outputs);
+    if (e.sums) return add_sums<bf16>(e, order, static_cast<const float*>(outputs));
+    add_outputs(e, order, static_cast<const bf16*>(outputs));
 }
 
 #undef TILE_ZERO

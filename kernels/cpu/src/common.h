@@ -91,15 +91,31 @@ int64_t prefetch_distance();
 // calling thread and on idle workers. Any of these threads can run any piece, so the result of a piece must not depend
 // on the thread. If `in_runs` is true, a thread takes many neighbouring pieces at once while many pieces are left, so
 // that each thread reads memory in order. But then the work is divided evenly only if all pieces take the same time.
+// `first_of_node`: [num_nodes() + 1], the first item that the threads of each memory node take first, or null if the
+// items are divided among the nodes in proportion to their threads.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
-void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context);
+void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context,
+                       const int64_t* first_of_node);
 int64_t num_threads();
 
+// Returns the number of memory nodes on which the threads run.
+int64_t num_nodes();
+constexpr int64_t MOST_NODES = 64;
+// Returns the first of `count` items in the share of a memory node. The shares are in proportion to the nodes' threads,
+// and node_share(count, num_nodes()) is `count`.
+int64_t node_share(int64_t count, int64_t node);
+
+// Returns how many bytes of weights a piece of a product has at least. A core reads them in about the time in which it
+// joins a job, so a small product runs on fewer threads than there are.
+int64_t least_piece_bytes();
+
 template <class F>
-inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = false) {
+inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = false,
+                         const int64_t* first_of_node = nullptr) {
     parallel_for_body(
         n, grain, in_runs,
-        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
+        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f,
+        first_of_node);
 }
 
 // Returns at least `bytes` bytes of scratch memory of the calling thread, aligned to 64 bytes. The thread keeps one

@@ -77,19 +77,42 @@ static Level machine_level(Level wanted) { return uses_tiles(wanted) || is_emula
         RETURN_FROM_LEVEL(f, argument);                                                               \
     } while (0)
 
+template <class T>
+static void run_product(const Product<T>& p) {
+    const Level wanted = level_of(p.weights);
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (uses_tiles(wanted)) return amx_linear(wanted, p);
+    }
+    DISPATCH_PRODUCT(wanted, multiply, p);
+}
+
 // Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bias: [n] or null; y: [m, n], with rows
 // `y_stride` elements apart.
 EXPORT void linear(const void* x, int64_t x_stride, const Weights* weights, const void* bias, void* y, int64_t y_stride,
                    int64_t m, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const Product<T> p{(const T*)x, x_stride, nullptr, *weights, (const T*)bias, (T*)y, y_stride, m, weights->n};
-        const Level wanted = level_of(*weights);
-        if constexpr (std::is_same_v<T, bf16>) {
-            if (uses_tiles(wanted)) return amx_linear(wanted, p);
-        }
-        DISPATCH_PRODUCT(wanted, multiply, p);
+        run_product(Product<T>{(const T*)x, x_stride, nullptr, *weights, (const T*)bias, (T*)y, y_stride, m, weights->n});
     });
+}
+
+// Computes sums = x W^T in float32, which is the product before it is rounded. x: [m, k], with rows `x_stride` elements
+// apart; sums: [m, n], with rows `stride` elements apart.
+EXPORT void linear_sums(const void* x, int64_t x_stride, const Weights* weights, float* sums, int64_t stride, int64_t m,
+                        int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        run_product(Product<T>{(const T*)x, x_stride, nullptr, *weights, nullptr, nullptr, stride, m, weights->n, sums});
+    });
+}
+
+template <class T>
+static void run_mixture(const Experts<T>& e) {
+    const Level wanted = level_of(e.gate_up);
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (uses_tiles(wanted)) return amx_experts(wanted, e);
+    }
+    DISPATCH_PRODUCT(wanted, mix_experts, e);
 }
 
 // Computes the operation that `kernels.ops.RunExperts` defines. x: [tokens, hidden], with rows `x_stride` elements
@@ -100,12 +123,19 @@ EXPORT void run_experts(const void* x, int64_t x_stride, const Weights* gate_up,
                         int64_t experts, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const Experts<T> e{(const T*)x, x_stride, *gate_up, *down, weights, ids, (T*)y,
-                           tokens, top_k, experts, down->n, down->k};
-        const Level wanted = level_of(*gate_up);
-        if constexpr (std::is_same_v<T, bf16>) {
-            if (uses_tiles(wanted)) return amx_experts(wanted, e);
-        }
-        DISPATCH_PRODUCT(wanted, mix_experts, e);
+        run_mixture(Experts<T>{(const T*)x, x_stride, *gate_up, *down, weights, ids, (T*)y,
+                               tokens, top_k, experts, down->n, down->k});
+    });
+}
+
+// Computes the same in float32: the outputs of the experts, their products with the weights, and the result are not
+// rounded to the dtype of x. sums: [tokens, hidden].
+EXPORT void run_experts_sums(const void* x, int64_t x_stride, const Weights* gate_up, const Weights* down,
+                             const float* weights, const int32_t* ids, float* sums, int64_t tokens, int64_t top_k,
+                             int64_t experts, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        run_mixture(Experts<T>{(const T*)x, x_stride, *gate_up, *down, weights, ids, nullptr,
+                               tokens, top_k, experts, down->n, down->k, sums});
     });
 }

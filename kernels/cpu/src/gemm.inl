@@ -69,9 +69,24 @@ struct TileArguments {
     Walk walk;
 };
 
+// Writes the sums of a tile to `p.sums`.
+template <class T, int MR, int NV>
+void store_float_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
+    const Product<T>& p = *a.product;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v++) {
+        const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
+        if (n <= 0) return;
+        float* const sums = p.sums + a.first_row * p.y_stride + column;
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) put(sums + m * p.y_stride, c[m][v], n < WIDTH ? n : WIDTH);
+    }
+}
+
 template <class T, int MR, int NV>
 void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     const Product<T>& p = *a.product;
+    if (p.sums) return store_float_tile<T, MR, NV>(c, a);
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
         const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
@@ -388,10 +403,12 @@ struct Parts {
         blocks = blocks < 1 ? 1 : blocks > whole.count ? whole.count : blocks;
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t tile = whole.count * block / blocks, end = whole.count * (block + 1) / blocks;
+            // With many threads the pieces are smaller than PIECE_BYTES, so that all threads have work.
+            const int64_t least = ceil_div(least_piece_bytes() * STRIPS, panel_bytes<T>(p.weights) * (end - tile));
             const int64_t together = end - tile == 1 ? max_strips(int(whole.size(tile))) : 1;
             int64_t grain = ceil_div(PIECE_BYTES * STRIPS, panel_bytes<T>(p.weights) * (end - tile));
             grain = ceil_div(grain, together) * together;
-            if (grain > share) grain = share;
+            if (grain > share) grain = share > least ? share : least;
             parts[count++] = {p, x, tile, end, strips, grain, tiles, pieces};
             tiles += end - tile;
             pieces += ceil_div(strips, grain);
@@ -420,17 +437,12 @@ void pack_parts(const Parts<T>& all, const F& before) {
 
 template <class T>
 void multiply_parts(const Parts<T>& all) {
-    parallel_for(all.pieces, 1, [&](int64_t piece, int64_t end) {
-        const Part<T>* part = all.parts;
-        while (piece < end) {
-            while (part + 1 < all.parts + all.count && part[1].pieces_before <= piece) part++;
-            const int64_t pieces = ceil_div(part->strips, part->grain), first = piece - part->pieces_before;
-            const int64_t last = end - part->pieces_before < pieces ? end - part->pieces_before : pieces;
-            const int64_t strip_end = last * part->grain < part->strips ? last * part->grain : part->strips;
-            multiply_block(part->product, part->x, part->tile, part->tile_end, first * part->grain, strip_end);
-            piece += last - first;
-        }
-    }, /*in_runs=*/true);
+    const auto pieces_before = [&](int64_t i) { return i < all.count ? all.parts[i].pieces_before : all.pieces; };
+    parallel_for_parts(all.count, pieces_before, [&](int64_t i, int64_t first, int64_t last) {
+        const Part<T>& part = all.parts[i];
+        const int64_t strip_end = last * part.grain < part.strips ? last * part.grain : part.strips;
+        multiply_block(part.product, part.x, part.tile, part.tile_end, first * part.grain, strip_end);
+    });
 }
 
 template <class T>
