@@ -48,7 +48,8 @@ INLINE void multiply_words(const uint8_t* p, const uint8_t* table, const int32_t
             for (int m = 0; m + 1 < MR; m += 2) {
                 const int32_t* const of_rows = x + word * MR + m;
                 const int32x2_t first = vld1_s32(of_rows), second = vld1_s32(of_rows + MR);
-                const int8x16_t rows = vreinterpretq_s8_s32(vcombine_s32(vzip1_s32(first, second), vzip2_s32(first, second)));
+                const int32x4_t both = vcombine_s32(vzip1_s32(first, second), vzip2_s32(first, second));
+                const int8x16_t rows = vreinterpretq_s8_s32(both);
                 sums[m][v] = vmmlaq_s32(sums[m][v], rows, low);
                 sums[m + 1][v] = vmmlaq_s32(sums[m + 1][v], rows, high);
             }

@@ -2,7 +2,8 @@
 // multiplied: bf16 with DOT_PRODUCTS, otherwise float32. The conversion is exact, because bf16 can represent every
 // integer of 8 bits and every e4m3 number; only a table's numbers are rounded to bf16 with DOT_PRODUCTS. To convert an
 // e4m3 number, the number's bits are moved to the places that they have in a float32, and a multiplication by 2^120
-// corrects the exponent. This also converts subnormal e4m3 numbers correctly.
+// corrects the exponent. This also converts subnormal e4m3 numbers correctly. If ROW_PAIRS is defined besides
+// DOT_PRODUCTS, `Reader<W>` reads as without DOT_PRODUCTS, and `row_pairs.inl` makes pairs of bf16 of what it reads.
 //
 // A pair is two neighbouring elements along K. The struct `Reader<W>` reads weights of format W in steps. A step has
 // PAIRS pairs of each column of a panel and takes BYTES bytes. Neighbouring columns are COLUMN_BYTES bytes apart. With

@@ -2,11 +2,12 @@
 // instruction set. Each element of y is summed in one accumulator, in ascending order along K, whichever tile and
 // thread computes the element. So the result for a row does not depend on the number of rows.
 //
-// A strip is VECTORS vectors of columns of y. A tile is the part of y that is computed at once in registers: up to MAX_ROWS
-// rows of one strip, or fewer rows of several strips. A tile with few rows has several strips, so that enough
+// A strip is VECTORS vectors of columns of y. A tile is the part of y that is computed at once in registers: up to
+// MAX_ROWS rows of one strip, or fewer rows of several strips. A tile with few rows has several strips, so that enough
 // accumulators are in use to hide the latency of the multiplications. Before the multiplication, the rows of x are
 // packed: the elements are converted to the type in which they are multiplied, and are stored in the order in which a
-// tile reads them. This order is [pair][row], where a pair is two neighbouring elements along K.
+// tile reads them. This order is [pair][row], where a pair is two neighbouring elements along K, but with ROW_PAIRS it
+// is [pair / 2][row][2]. `multiply.inl` has the multiplication.
 
 // Returns the largest number of strips that a tile of `rows` rows can have. The number is 1, 2 or 4, because the tile's
 // accumulators must fit into registers.
