@@ -29,8 +29,7 @@
 PYTHON ?= python3
 TARGETS ?= 90
 OLDEST_TRITON := 3.6.0
-OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py \
-  tests/kernels/test_attention.py tests/kernels/test_quantized.py
+OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py
 MUTATIONS ?= 20000
 SEED ?= 1
 ROUNDS ?= 200
