@@ -29,7 +29,8 @@
 PYTHON ?= python3
 TARGETS ?= 90
 OLDEST_TRITON := 3.6.0
-OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py
+OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py \
+  tests/kernels/test_attention.py tests/kernels/test_quantized.py
 MUTATIONS ?= 20000
 SEED ?= 1
 ROUNDS ?= 200
@@ -78,7 +79,8 @@ test-triton: .venv/dev.stamp
 
 test-oldest-triton: .venv-triton/$(OLDEST_TRITON).stamp
 	@echo "== pytest: some GPU kernels in the interpreter of triton $(OLDEST_TRITON)"
-	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton
+	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton \
+	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 	$(call step,triton $(OLDEST_TRITON): GPU kernels compiled ahead of time,\
 	  PYTHONPATH=.venv-triton $(BIN)/python -m benchmarks.gpu.codegen --targets 90 >/dev/null)
 

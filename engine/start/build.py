@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
-from jamba_server.engine.start.processors import Threads, choose_threads, find_processors
 from jamba_server.engine.start.parallel import agreed, alone, choose_device, of_rank
+from jamba_server.engine.start.processors import choose_threads, find_processors
 from jamba_server.engine.start.rank_options import check_options
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
@@ -80,6 +80,7 @@ class Loaded:
     device: torch.device
     warnings: tuple[str, ...] = ()
     activation_quantization: ActivationQuantization = "none"
+    threads: str = ""
 
     def storage(self, num_pages: int, num_slots: int, num_compressed: int = 0) -> CacheStorage:
         return CacheStorage(
@@ -134,7 +135,7 @@ def build_engine(
         release_free_memory()
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
-    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations)
+    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations, threads)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -146,11 +147,7 @@ def build_engine(
     core = EngineCore(
         runner,
         make_scheduler(loaded, config, plan, runner.storage, worker),
-        msgspec.structs.replace(
-            make_info(loaded, config, plan, load_seconds=time.monotonic() - started),
-            step_size="" if step is None else step.reason,
-            threads="" if threads is None else threads.reason,
-        ),
+        make_info(loaded, config, plan, load_seconds=time.monotonic() - started, step_size=step and step.reason),
         compiler,
     )
     if worker is not None:
@@ -158,26 +155,26 @@ def build_engine(
     return core
 
 
-def start_threads(config: EngineConfig, device: torch.device) -> Threads | None:
-    """Starts the threads of the CPU kernels, or returns None for a GPU. Must be called before the kernels are loaded:
-    they use as many threads as torch is set to use at the time of loading. Raises ConfigError if the option numa cannot
-    be satisfied or the system does not start so many threads."""
+def start_threads(config: EngineConfig, device: torch.device) -> str:
+    """Starts the threads of the CPU kernels, and says how many there are and why. Returns "" for a GPU.
+
+    The function must be called before the kernels are loaded: they use as many threads as torch is set to use at the
+    time of loading. Raises ConfigError if the option numa cannot be satisfied or the system does not start so many
+    threads.
+    """
     if device.type != "cpu":
         if config.numa != "auto":
             raise ConfigError(f"numa {config.numa!r} is for CPUs; leave the option out on a GPU.")
-        return None
+        return ""
     threads = choose_threads(config.threads, config.numa, find_processors())
     torch.set_num_threads(threads.count)
     try:
-        if unbound := library().set_nodes(threads.nodes):
-            return replace(threads, reason=f"{threads.reason}; {unbound} of them could not be bound to their node")
+        unbound = library().set_nodes(threads.nodes)
     except OSError as error:
         raise ConfigError(f"threads {threads.count} is too many: {error}.") from error
     except KernelUnavailable as error:  # `select` says which kernels run instead
-        if len(threads.nodes) > 1:
-            reason = f"{threads.count}, not divided among the {len(threads.nodes)} memory nodes: {error}"
-            return replace(threads, reason=reason)
-    return threads
+        return f"{threads.count}, not divided among memory nodes: {error}" if len(threads.nodes) > 1 else threads.reason
+    return threads.reason + (f"; {unbound} of them could not be bound to their node" if unbound else "")
 
 
 def planner(
@@ -327,7 +324,9 @@ def capture(runner: ModelRunner, reply: Chunk, on_progress: OnProgress) -> None:
     on_progress("capturing graphs", 1.0)
 
 
-def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float) -> EngineInfo:
+def make_info(
+    loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float, step_size: str | None = None
+) -> EngineInfo:
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
@@ -361,6 +360,8 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
         batch_dependent_ops=loaded.kernels.batch_dependent_ops,
         load_seconds=load_seconds,
         warnings=warnings,
+        step_size=step_size or "",
+        threads=loaded.threads,
         hidden_size=model_config.hidden_size,
         labels=model_config.labels if model_config.is_classifier else (),
         problem_type=model_config.problem_type,
