@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "kernels/cpu/src"
 BUILD = ROOT / "build/arm"
 COMPILER, EMULATOR, DISASSEMBLER = "aarch64-linux-gnu-g++", "qemu-aarch64", "aarch64-linux-gnu-objdump"
-FLAGS = ("-O2", "-std=c++17", "-ffp-contract=off", "-fno-schedule-insns", "-fvisibility=hidden", "-pthread", "-Wall",
-         "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized")  # fmt: skip
+FLAGS = ("-O2", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-fno-schedule-insns", "-fvisibility=hidden",
+         "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized")  # fmt: skip
 SYSTEM = "/usr/aarch64-linux-gnu"  # where the cross compiler's package has the libraries for ARM
 _FILES = ("read_numbers", "read_nibbles", "read_blocks")  # functions whose first argument is an open file
 
