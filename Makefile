@@ -4,6 +4,7 @@
 #   make test                             run all checks: style, types, imports and tests
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
 #   make test-oldest-triton               the same, in part, with the triton of torch 2.11 (part of `.ci/run`)
+#   make test-arm                         run the CPU kernels for ARM on an emulated processor (part of `.ci/run`)
 #   make fuzz-gguf                        load 20,000 damaged GGUF files (10 to 20 minutes; not part of `make test`)
 #   make fuzz-pool                        run random jobs in the thread pool under ThreadSanitizer (not part of `make test`)
 #   make check                            run only the quick checks: style, types, imports
@@ -45,7 +46,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton test-oldest-triton fuzz-gguf fuzz-pool check format sbom wheel clean
+.PHONY: help serve test test-triton test-oldest-triton test-arm fuzz-gguf fuzz-pool check format sbom wheel clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -78,9 +79,14 @@ test-triton: .venv/dev.stamp
 
 test-oldest-triton: .venv-triton/$(OLDEST_TRITON).stamp
 	@echo "== pytest: some GPU kernels in the interpreter of triton $(OLDEST_TRITON)"
-	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton
+	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton \
+	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 	$(call step,triton $(OLDEST_TRITON): GPU kernels compiled ahead of time,\
 	  PYTHONPATH=.venv-triton $(BIN)/python -m benchmarks.gpu.codegen --targets 90 >/dev/null)
+
+test-arm: .venv/dev.stamp
+	@echo "== pytest: CPU kernels for ARM on an emulated processor; needs g++-aarch64-linux-gnu and qemu-user"
+	@TEST_ARM=1 $(BIN)/python -m pytest tests/kernels/arm
 
 fuzz-gguf: .venv/dev.stamp
 	$(call step,fuzz_gguf: $(MUTATIONS) damaged GGUF files,$(BIN)/python -m tools.fuzz_gguf --mutations $(MUTATIONS))

@@ -52,6 +52,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype. `state_cache_dtype` "int8" stores saved SSM states in one byte a number with a scale for each channel, so
     that prefix hits are not exact; "auto" stores them as running sequences do.
 
+    `tensor_parallel_size` is the number of ranks, each a process, that divide every layer among each other.
+    `tensor_parallel_exact` adds the parts of a sum in an order that is the same for 1, 2, 4 and 8 ranks; None means
+    with more than one rank. `threads` is the number of CPU threads of each rank.
+
     `state_cache_host_bytes` is the memory of the prefix cache's host tier, and `state_cache_disk_path` the folder of
     its disk tier, in which all servers together have at most `state_cache_disk_bytes`.
     """
@@ -82,6 +86,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     enable_priority: bool = False
     tensor_parallel_size: int = 1
+    tensor_parallel_exact: bool | None = None
     seed: int = 0
     threads: int | None = None
     numa: Numa = "auto"

@@ -39,7 +39,7 @@ class Inbox:
     """
 
     def __init__(self, compiler: GrammarCompiler | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._compiler, self._clock = compiler, clock
+        self.compiler, self._clock = compiler, clock
         self._pin_ends: dict[str, float] = {}  # maps the name of each pin to the time when it ends
         self._changed = threading.Condition()
         self._compiling: dict[str, Request] = {}
@@ -58,8 +58,8 @@ class Inbox:
             self._changed.notify()
         for request in requests:
             if request.params.grammar:
-                assert self._compiler is not None, "an inbox without a compiler got a grammar"
-                self._compiler.start(request, partial(self._compiled, request), partial(self._awaits, request))
+                assert self.compiler is not None, "an inbox without a compiler got a grammar"
+                self.compiler.start(request, partial(self._compiled, request), partial(self._awaits, request))
 
     def _awaits(self, request: Request) -> bool:
         """Returns whether a request still waits for its grammar to be compiled. The compiler's thread calls this
@@ -88,7 +88,16 @@ class Inbox:
                 held = self._submitted.pop(request_id, None) or self._compiling.pop(request_id, None)
                 if held is None:
                     self._aborted.append(request_id)
+                else:
+                    self._drop(request_id)
             self._changed.notify()
+
+    def _drop(self, request_id: str) -> None:
+        """Called with the id of a request that was aborted before a step took it."""
+
+    def begin_step(self) -> None:
+        """Called before a step takes anything. Where several ranks run the same steps, this decides what all of them
+        take."""
 
     @property
     def has_submitted(self) -> bool:
@@ -189,6 +198,7 @@ class EngineCore:
         began = time.monotonic()
         with self._whole_or_discarded():
             self._kind = None
+            self.inbox.begin_step()
             pins = self.scheduler.cache.pins
             for event in self.inbox.events():
                 self.scheduler.cache.take(event)

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.pieces import Piece, cut
 from jamba_server.kernels.cpu.read import Failure, Reader, fits
 from jamba_server.kernels.ops import KernelUnavailable, QuantizedWeight
 
@@ -23,6 +24,10 @@ class InFile(ABC):
     @abstractmethod
     def read(self) -> Tensor | QuantizedWeight:
         """Returns the tensor. Raises CheckpointError if the file cannot be read."""
+
+    def read_piece(self, piece: Piece) -> Tensor | QuantizedWeight:
+        """Returns a piece of the tensor. Raises CheckpointError if the file cannot be read."""
+        return cut(self.read(), piece)
 
     @abstractmethod
     def read_into(self, destination: Tensor | QuantizedWeight) -> bool:

@@ -4,8 +4,10 @@ makes the input tensors of the step, runs the model and samples tokens."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,14 @@ class ModelRunner:
                     self.tables.invalidate()
                 raise
 
-        return forward() if any(chunk.start for chunk in chunks) else retried(forward, "a step that begins prompts")
+        return (
+            forward() if any(chunk.start for chunk in chunks) else self._retried(forward, "a step that begins prompts")
+        )
+
+    def _retried(self, run: Callable[[], T], what: str) -> T:
+        """Returns the result of `run`, which is tried again if the memory was short. With several ranks it is not: the
+        others would wait for another exchange than this one."""
+        return run() if self.model.parts.shard.size > 1 else retried(run, what)
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
         """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled. With
@@ -166,7 +177,7 @@ class ModelRunner:
         self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None
     ) -> PendingTokens:
         inputs = [row for row, _ in rows]
-        tokens = retried(lambda: self.sampler.launch(self.model.logits(hidden), inputs, masks), "sampling")
+        tokens = self._retried(lambda: self.sampler.launch(self.model.logits(hidden), inputs, masks), "sampling")
         if self.sampled is not None:
             self.sampled.put(tokens.token_ids, [seq for _, seq in rows])
         return tokens

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.model_config import JambaConfig, linear_modules, scan_parameters
+from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.quantization import UNQUANTIZED, Format, QuantizationPolicy, Role
 from jamba_server.engine.quantization.blocks import common_format, expert_names
 
@@ -31,25 +32,78 @@ def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationP
     return total
 
 
-def _sizes(config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy) -> Iterator[tuple[str, Role, int, int]]:
+def rank_weight_bytes(
+    config: JambaConfig, dtype_bytes: int, *, parts: Parts, policy: QuantizationPolicy = UNQUANTIZED
+) -> int:
+    """Returns the size in bytes of the loaded weights of the rank that owns `parts`. It counts as `weight_bytes` does.
+    Norms, routers and the head of a classifier are on every rank."""
+    if parts.shard.size == 1:
+        return weight_bytes(config, dtype_bytes, policy=policy)
+    of_matrices = sum(size for _, _, size, _ in _sizes(config, dtype_bytes, policy, parts))
+    if config.tie_word_embeddings and not config.is_classifier and policy.quantization_of("head") is not None:
+        of_matrices += policy.num_bytes("head", len(parts.vocabulary), config.hidden_size, dtype_bytes=dtype_bytes)
+    h, layers, channels = config.hidden_size, len(config.mamba_layers), len(parts.channels)
+    norms = (2 * config.num_hidden_layers + 1) * h
+    norms += layers * (config.mamba_dt_rank + 2 * config.mamba_d_state + config.mamba_proj_bias * h)
+    per_channel = config.mamba_d_conv + config.mamba_conv_bias + 2 * config.mamba_proj_bias
+    score_bias = config.num_labels * config.score_bias if config.is_classifier else 0
+    others = norms + layers * channels * per_channel + score_bias
+    return of_matrices + others * dtype_bytes + 4 * layers * channels * scan_parameters(config)
+
+
+def _own_shape(name: str, role: Role, rows: int, inputs: int, parts: Parts) -> tuple[int, int]:
+    """Returns the rows and inputs of a weight matrix that a rank has."""
+    inner = parts.experts if role == "experts" else parts.inner
+    by_rows = {
+        "q_proj": parts.heads,
+        "k_proj": parts.kv_heads,
+        "v_proj": parts.kv_heads,
+        "in_proj": parts.channels,
+        "dt_proj": parts.channels,
+        "gate_proj": inner,
+        "up_proj": inner,
+        "embed_tokens": parts.vocabulary,
+        "lm_head": parts.vocabulary,
+    }
+    by_inputs = {"o_proj": parts.heads, "x_proj": parts.channels, "out_proj": parts.channels, "down_proj": inner}
+    kind = name.rsplit(".", 2)[-2]
+    if (own := by_rows.get(kind)) is not None:
+        return rows // own.total * len(own), inputs
+    if (own := by_inputs.get(kind)) is not None:
+        return rows, inputs // own.total * len(own)
+    return rows, inputs
+
+
+def _sizes(
+    config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy, parts: Parts | None = None
+) -> Iterator[tuple[str, Role, int, int]]:
     """Yields the name of each weight matrix, the part of the model that uses it, its size in bytes, and its number of
-    elements."""
+    elements. If `parts` is given, the sizes are those of what a rank owns of the matrices."""
     for name, role, rows, inputs in weight_matrices(config):
+        if parts is not None:
+            rows, inputs = _own_shape(name, role, rows, inputs, parts)
         form = policy.blocks.get(name)
         plain = policy.num_bytes(role, rows, inputs, dtype_bytes=dtype_bytes)
         yield name, role, plain if form is None else form.num_bytes(rows, inputs), rows * inputs
 
 
 def step_bytes(
-    config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
+    config: JambaConfig,
+    dtype_bytes: int,
+    *,
+    num_sequences: int = 1,
+    policy: QuantizationPolicy = UNQUANTIZED,
+    parts: Parts | None = None,
 ) -> int:
     """Estimates how many bytes of weights are read by a decode step with one token for each of `num_sequences`
     sequences. The step reads all weights except the embedding and the experts that no token chooses. The estimate
-    assumes that all experts are equally likely."""
+    assumes that all experts are equally likely. If `parts` is given, it counts what the rank that owns them reads."""
     total = weight_bytes(config, dtype_bytes, policy=policy)
+    if parts is not None:
+        total = rank_weight_bytes(config, dtype_bytes, parts=parts, policy=policy)
     missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
     experts = 0
-    for name, role, size, _ in _sizes(config, dtype_bytes, policy):
+    for name, role, size, _ in _sizes(config, dtype_bytes, policy, parts):
         is_read = config.tie_word_embeddings and policy.quantization_of("head") is None
         if name == _EMBEDDING and not is_read:
             total -= size

@@ -395,6 +395,14 @@ class RunExperts(Protocol):
         """
         ...
 
+    def sums(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """Writes the same weighted sum to `out`, float32 [T, H] and contiguous, for experts that are sections.
+
+        The intermediate size of such experts is a section of that of the model, and the results of all sections are
+        added. The experts' outputs, their products with the weights, and the result are not rounded to dtype.
+        """
+        ...
+
 
 class Linear(Protocol):
     def pack(self, weight: Weight) -> Any:
@@ -412,6 +420,13 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """Returns x [T, K] times the transpose of the packed weight [N, K], plus bias [N]: dtype [T, N]."""
+        ...
+
+    def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """Writes x [T, K] times the transpose of the packed weight [N, K] to `out`, float32 [T, N] and contiguous.
+
+        The weight is a section along K of a matrix, and no `StackedWeight`. The product is not rounded to dtype.
+        """
         ...
 
 

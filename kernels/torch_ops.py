@@ -118,6 +118,10 @@ class Linear:
             return self._other(x, weight, bias)
         return F.linear(x, weight, bias)
 
+    def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """See the protocol `kernels.ops.Linear`. The weight is one that `other.pack` has packed."""
+        self._other.sums(x, weight, out)
+
 
 class Experts(NamedTuple):
     """Contains the weights of a layer's experts, for torch's grouped matrix product and for the Triton kernel.
@@ -169,3 +173,7 @@ class RunExperts:
         outputs[chosen.indices] = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
         weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
         return weighted.sum(1, dtype=torch.float32).to(x.dtype)
+
+    def sums(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """See the protocol `kernels.ops.RunExperts`. The implementation `other` runs the experts."""
+        self._other.sums(x, experts.packed, weights, ids, out)

@@ -307,11 +307,9 @@ class ServerConfig:
     gpu_memory_utilization: Annotated[
         Share, Help("memory", "Share of the GPU's memory the server may use", "FRACTION")
     ] = 0.92
-    enforce_eager: Annotated[bool, Help("expert", "Launch every kernel from Python instead of replaying graphs")] = (
-        False
-    )
+    enforce_eager: Annotated[bool, Help("expert", "Launch kernels from Python instead of replaying graphs")] = False
     async_scheduling: Annotated[
-        bool | None, Help("expert", "Start the next step before the previous results are read", default="on for a GPU")
+        bool | None, Help("expert", "Start the next step before the last results are read", default="on for a GPU")
     ] = None
     enable_prefix_caching: Annotated[bool, Help("memory", "Compute a prefix that several requests share only once")] = (
         True
@@ -321,10 +319,14 @@ class ServerConfig:
     ] = False
     enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
     tensor_parallel_size: Annotated[
-        Count, Help("expert", "GPUs that share the model; more than 1 is not supported yet")
+        Count, Help("memory", "Processes that divide the model among each other, each on its own GPU: 1, 2, 4 or 8")
     ] = 1
+    tensor_parallel_exact: Annotated[
+        bool | None,
+        Help("expert", "Compute the same bits with 1, 2, 4 and 8 processes", default="with more than one process"),
+    ] = None
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
-    threads: Annotated[Count | None, Help("expert", "CPU threads of the engine", "N", "one per core")] = None
+    threads: Annotated[Count | None, Help("expert", "CPU threads of each engine process", "N", "one per core")] = None
     numa: Annotated[Numa, Help("expert", "Divide threads and weights among memory nodes; auto: if several")] = "auto"
     batch_invariant: Annotated[
         bool | None,
@@ -370,8 +372,6 @@ class ServerConfig:
         """Raises ConfigError for options that contradict each other, are not supported or name missing files."""
         if self.quantize_mamba and self.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization: {' or '.join(OPTIONS['quantization'].choices)}.")
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
         if len(set(self.label_words)) < len(self.label_words):
             raise ConfigError(f"classify_labels is {self.classify_labels!r}; each word may be there only once.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):

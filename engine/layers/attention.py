@@ -9,19 +9,29 @@ from torch import Tensor
 from jamba_server.engine.batch import ForwardBatch
 from jamba_server.engine.layers.linear import Linear
 from jamba_server.engine.layers.parameter import Backend, Units
+from jamba_server.engine.layers.row_linear import row_linear
 from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.pieces import Piece
 
 
 class Attention:
     """Maps hidden states [T, hidden_size] to outputs of the same shape. `k_pages` and `v_pages` are the K and V pages
-    of this layer, each [pages, block_size, KV heads, head_dim]."""
+    of this layer, each [pages, block_size, KV heads, head_dim]. Each rank has some of the query heads, and the KV heads
+    that they read."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         self._kernels = backend.kernels
         self._head_dim = config.head_dim
-        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self._qkv = Linear(backend, config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, role="attention")
-        self._out = Linear(backend, q, {"o_proj": config.hidden_size}, role="attention")
+        heads, kv = (own.times(config.head_dim) for own in (backend.parts.heads, backend.parts.kv_heads))
+        owned = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
+        self._qkv = Linear(
+            backend,
+            config.hidden_size,
+            {name: len(own) for name, own in owned.items()},
+            role="attention",
+            pieces={name: Piece.of(own, 0) for name, own in owned.items()},
+        )
+        self._out = row_linear(backend, heads, "o_proj", config.hidden_size, role="attention")
 
     def __call__(self, x: Tensor, batch: ForwardBatch, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self._head_dim)) for y in self._qkv.split(self._qkv(x)))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from jamba_server.engine.layers.parameter import Backend, Destination, Raw, Unit, part
+from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization import Role
 from jamba_server.kernels.ops import StackedWeight
+
+WHOLE_TENSORS: Final[Mapping[str, Piece | None]] = {}
 
 
 class Linear:
@@ -21,6 +24,9 @@ class Linear:
     The argument `role` names the part of the model that contains the weight; this name decides whether the weight is
     quantised. If another layer owns and loads the weight, the argument `shared` is this weight, and the loading `Unit`
     of the owner must call `pack` of this layer.
+
+    If the outputs of projections are divided among ranks, `parts` has the numbers of outputs of this rank, and `pieces`
+    the rows of their weights.
     """
 
     def __init__(
@@ -32,11 +38,12 @@ class Linear:
         role: Role,
         bias: bool = False,
         shared: Raw | None = None,
+        pieces: Mapping[str, Piece | None] = WHOLE_TENSORS,
     ) -> None:
         self._backend = backend
         self._role: Role = role
         self._linear = backend.linear(role)
-        self._parts, self.is_shared = dict(parts), shared is not None
+        self._parts, self._pieces, self.is_shared = dict(parts), pieces, shared is not None
         # The raw weights: one for all neighbouring projections that have the same format in memory.
         self._raw: list[tuple[list[str], Raw]] = [(list(parts), shared)] if shared is not None else []
         if shared is None:
@@ -73,10 +80,12 @@ class Linear:
             start = 0
             for name in names:
                 rows = slice(start, start := start + self._parts[name])
-                destinations |= self._backend.matrix(f"{prefix}{name}", part(raw, rows))
+                destinations |= self._backend.matrix(f"{prefix}{name}", part(raw, rows), self._pieces.get(name))
         if self._bias is not None:
             biases = zip(self._parts, self._bias.split(list(self._parts.values())), strict=True)
-            destinations |= {f"{prefix}{name}.bias": Destination(bias, "normed") for name, bias in biases}
+            destinations |= {
+                f"{prefix}{name}.bias": Destination(bias, "normed", self._pieces.get(name)) for name, bias in biases
+            }
         return Unit(destinations, self.pack)
 
     def pack(self) -> None:

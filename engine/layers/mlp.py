@@ -6,16 +6,20 @@ from torch import Tensor
 
 from jamba_server.engine.layers.linear import Linear
 from jamba_server.engine.layers.parameter import Backend, Units
+from jamba_server.engine.layers.row_linear import row_linear
 from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.pieces import Piece
 
 
 class Mlp:
-    """Computes down(silu(gate(x)) * up(x)) for x [T, H]."""
+    """Computes down(silu(gate(x)) * up(x)) for x [T, H]. Ranks divide the inputs of `down` among each other."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
-        h, f = config.hidden_size, config.intermediate_size
-        self._gate_up = Linear(backend, h, {"gate_proj": f, "up_proj": f}, role="mlp")
-        self._down = Linear(backend, f, {"down_proj": h}, role="mlp")
+        h, inner = config.hidden_size, backend.parts.inner
+        names = ("gate_proj", "up_proj")
+        pieces = dict.fromkeys(names, Piece.of(inner, 0))
+        self._gate_up = Linear(backend, h, dict.fromkeys(names, len(inner)), role="mlp", pieces=pieces)
+        self._down = row_linear(backend, inner, "down_proj", h, role="mlp")
         self._silu_and_mul = backend.kernels.silu_and_mul
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from jamba_server.engine.parallel.group import ALONE, Group
+from jamba_server.engine.parallel.shards import Parts
+from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy, Role
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.engine.quantization.stored import empty
@@ -33,11 +36,12 @@ address of that memory to a tensor on the device with as many elements."""
 
 class Destination(NamedTuple):
     """The memory that one checkpoint tensor fills. `data` is a view of this memory. The view has the shape of the
-    tensor on disk. The strides of the view are arbitrary. A QuantizedWeight is filled by one quantised matrix of the
-    checkpoint."""
+    tensor on disk, or of the `piece` of this tensor that a rank loads. The strides of the view are arbitrary. A
+    QuantizedWeight is filled by one quantised matrix of the checkpoint."""
 
     data: Raw
     fill: Fill
+    piece: Piece | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -47,16 +51,18 @@ class Destination(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the memory."""
         return self.data.shape if isinstance(self.data, Tensor) else self.data.values.shape
 
 
 class Fused(NamedTuple):
     """The memory that one checkpoint tensor fills if it holds several weights, for example the down projections of all
     experts. `data` is a view of this memory, and `parts` are the names of the weights that together take this
-    memory."""
+    memory. A rank may load only a `piece` of the tensor."""
 
     data: Tensor
     parts: tuple[str, ...]
+    piece: Piece | None = None
 
 
 def part(raw: Raw, index: int | slice) -> Raw:
@@ -105,15 +111,24 @@ class TensorMap:
 @dataclass(frozen=True, slots=True)
 class Backend:
     """The kernels that compute a model, the model's dtype and device, and the policy that says which of the model's
-    weights are quantised. `prefix` is the part that the names of all weights of a layer begin with. `drawn` takes
-    the place of raw weights on the host, if they are dummies that were drawn on the device."""
+    weights are quantised. `parts` says what this rank owns of the model, and `group` has all ranks. `prefix` is the
+    part that the names of all weights of a layer begin with. `drawn` takes the place of raw weights on the host, if
+    they are dummies that were drawn on the device."""
 
     kernels: Kernels
     dtype: torch.dtype
     device: torch.device
     policy: QuantizationPolicy
+    parts: Parts
+    group: Group = ALONE
     prefix: str = ""
     drawn: Drawn = field(default_factory=dict[int, Tensor])
+
+    @property
+    def divides_sums(self) -> bool:
+        """Returns whether products are summed in sections or by several ranks, so that they take more than one call of
+        a kernel."""
+        return not self.parts.is_whole
 
     def under(self, prefix: str) -> Backend:
         """Returns a copy of this backend for the part of the model whose weights have names that begin with
@@ -145,21 +160,32 @@ class Backend:
             return raw._replace(values=raw.values.view(torch.float8_e4m3fn)) if quantization == "fp8" else raw
         return torch.empty(shape, dtype=self.dtype, device=self.device if quantization is None else host)
 
-    def matrix(self, name: str, raw: Raw) -> dict[str, Destination]:
+    def matrix(self, name: str, raw: Raw, piece: Piece | None = None) -> dict[str, Destination]:
         """Returns a map from tensor names to the memory that the weight loader fills for the linear module `name`. In a
         checkpoint whose policy has `stored` roles, the scales of a quantised weight are a tensor of their own."""
         if isinstance(raw, Tensor) or not self.policy.stored:
-            return {f"{name}.weight": Destination(raw, "normed")}
-        values, scales = Destination(raw.values, "normed"), Destination(raw.scales, "one")
+            return {f"{name}.weight": Destination(raw, "normed", piece)}
+        values = Destination(raw.values, "normed", piece)
+        scales = Destination(raw.scales, "one", piece and piece.grouped(self._stored_group(raw, piece)))
         return {f"{name}.weight": values, f"{name}.weight_scale": scales}
 
-    def quantize(self, role: Role, weight: Raw) -> Raw:
+    def _stored_group(self, raw: QuantizedWeight, piece: Piece) -> int:
+        """Returns the number of inputs that share a scale in a file."""
+        return piece.size if raw.scales.shape[-1] == 1 and piece.dim == 1 else raw.group_size
+
+    def quantize(self, role: Role, weight: Raw, *, divided: bool = False) -> Raw:
         """Takes a raw weight that has been filled, and returns the weight on the device in the form that kernels take.
-        The weight is quantised if the policy says so."""
+        The weight is quantised if the policy says so. If its inputs are `divided` among ranks, all ranks must call this
+        together: a scale of a whole row is that of the row of all ranks."""
         if isinstance(weight, QuantizedWeight):
             return weight.each(lambda tensor: tensor.to(self.device))
         quantization = self.policy.quantization_of(role)
-        return weight if quantization is None else quantize(self._on_device(weight), quantization)
+        if quantization is None:
+            return weight
+        weight, largest = self._on_device(weight), None
+        if divided and self.group.shard.size > 1 and FORMATS[quantization].group_size is None:
+            largest = self.group.maximum(torch.maximum(weight.amax(-1), -weight.amin(-1)).float().flatten())
+        return quantize(weight, quantization, largest)
 
     def _on_device(self, weight: Tensor) -> Tensor:
         """Returns a raw weight on the device. Drops the entry of `drawn`, so that the memory is freed when the caller

@@ -13,6 +13,8 @@ from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.layers.parameter import Backend, TensorMap
 from jamba_server.engine.model_config import CAUSAL_LM, SEQUENCE_CLASSIFICATION, JambaConfig
 from jamba_server.engine.models.jamba import JambaForCausalLM, JambaForSequenceClassification
+from jamba_server.engine.parallel.group import ALONE, Group
+from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy
 from jamba_server.kernels.ops import Kernels
 
@@ -22,6 +24,7 @@ class Model(Protocol):
 
     config: JambaConfig
     dtype: torch.dtype
+    parts: Parts
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None: ...
 
@@ -45,7 +48,9 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     policy: QuantizationPolicy = UNQUANTIZED,
+    group: Group = ALONE,
 ) -> Model:
-    """Returns a model of the class that implements `config.architecture`. The weights of the model are not loaded
-    yet."""
-    return MODELS[config.architecture](config, Backend(kernels, dtype, device, policy))
+    """Returns a model of the class that implements `config.architecture`, or what a rank of `group` owns of it. The
+    weights of the model are not loaded yet. Raises ConfigError if the model cannot be divided among the ranks."""
+    parts = Parts.of(config, group.shard, policy)
+    return MODELS[config.architecture](config, Backend(kernels, dtype, device, policy, parts, group))

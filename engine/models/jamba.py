@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from jamba_server.engine.batch import ForwardBatch
@@ -23,6 +24,7 @@ from jamba_server.engine.layers.moe import Moe
 from jamba_server.engine.layers.norm import RmsNorm
 from jamba_server.engine.layers.parameter import Backend, TensorMap, Units
 from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.pieces import Piece
 
 
 class DecoderLayer:
@@ -71,8 +73,8 @@ class Jamba(ABC):
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
         self.config, self.dtype = config, backend.dtype
-        self._backend = backend
-        self._embed_tokens = Embedding(self._backend, config.vocab_size, config.hidden_size)
+        self._backend, self.parts = backend, backend.parts
+        self._embed_tokens = Embedding(self._backend, config.hidden_size)
         self._layers = [DecoderLayer(self._backend, config, i) for i in range(config.num_hidden_layers)]
         self._final_norm = RmsNorm(self._backend, config.hidden_size, config.rms_norm_eps)
         self._head = self._make_head()
@@ -89,7 +91,11 @@ class Jamba(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Maps hidden states [n, H] to float32 logits [n, V]. A classifier returns [n, num_labels]; the logits for a
         text are in the row of the text's last token."""
-        return self._head(hidden).float()
+        return self._all_columns(self._head(hidden)).float()
+
+    def _all_columns(self, logits: Tensor) -> Tensor:
+        """Returns the outputs of the head of all ranks, given those of this one."""
+        return logits
 
     def tensor_map(self) -> TensorMap:
         """Returns the map from the name of each checkpoint tensor to the memory that the tensor fills. Must be called
@@ -125,8 +131,17 @@ class JambaForCausalLM(Jamba):
 
     def _make_head(self) -> Linear:
         shared = self._embed_tokens.raw if self.config.tie_word_embeddings else None
-        parts = {"lm_head": self.config.vocab_size}
-        return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared)
+        own = self._backend.parts.vocabulary
+        parts, pieces = {"lm_head": len(own)}, {"lm_head": Piece.of(own, 0)}
+        return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared, pieces=pieces)
+
+    def _all_columns(self, logits: Tensor) -> Tensor:
+        parts = self._backend.parts
+        if parts.vocabulary.is_whole:
+            return logits
+        # The last rank may have fewer rows of the vocabulary than the others.
+        padded = torch.nn.functional.pad(logits, (0, parts.vocabulary_rows - len(parts.vocabulary)))
+        return self._backend.group.join_columns(padded)[:, : parts.vocabulary.total]
 
     def _other_heads(self) -> frozenset[str]:
         # Some checkpoints store the head's matrix although the head is tied to the embedding and both matrices are

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -31,6 +32,8 @@ from jamba_server.engine.model_cache import wanted_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.models import Model, build_model
+from jamba_server.engine.parallel.group import Group
+from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.sampling.sampler import Sampler
 from jamba_server.engine.scheduler import Chunk, Scheduler
@@ -41,14 +44,16 @@ from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
+from jamba_server.engine.start.parallel import agreed, alone, choose_device, of_rank
 from jamba_server.engine.start.processors import choose_threads, find_processors
+from jamba_server.engine.start.rank_options import check_options
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
-from jamba_server.engine.start.step_size import StepSize, choose_step_size, measure_rates
+from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
 from jamba_server.engine.start.tier_sizes import with_host_tier
 from jamba_server.engine.start.tiers import check_folder, make_cache, make_worker
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import EngineInfo
-from jamba_server.engine.weight_sizes import policy_of, weight_bytes
+from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes
 from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.cpu.library import library
@@ -87,11 +92,16 @@ class Loaded:
         )
 
 
-def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, fraction: None) -> EngineCore:
+def build_engine(
+    config: EngineConfig, on_progress: OnProgress = lambda phase, fraction: None, group: Group | None = None
+) -> EngineCore:
     """Loads the model, plans the memory and returns the engine. `on_progress` is called with the name of the current
-    phase and the fraction of this phase that is done. Raises ConfigError if an option cannot be satisfied."""
+    phase and the fraction of this phase that is done. If several ranks run the model, `group` has them, and each of
+    them calls this function. Raises ConfigError if an option cannot be satisfied."""
     started = time.monotonic()
     device = choose_device(config)
+    group = alone(config) if group is None else group
+    check_options(config)
     stored = read_stored(config)
     model_config = stored.config
     dtype = choose_dtype(config, model_config)
@@ -99,21 +109,17 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     check_folder(config)
+    parts = Parts.of(model_config, group.shard, policy)
+    config = of_rank(config)
     threads = start_threads(config, device)
     kernels, activations = choose_kernels(config, policy, dtype, device)
     step = choose_steps(config, model_config, policy, dtype, device, kernels)
     if step is not None:
         config = msgspec.structs.replace(config, max_num_batched_tokens=step.tokens, max_step_ms=None)
-    layout = wanted_layout(model_config, config)
-    planned = partial(
-        plan_memory,
-        model_config,
-        config,
-        layout,
-        weight_bytes=weight_bytes(model_config, dtype.itemsize, policy=policy),
-        device=device.type,
-    )
-    plan = planned(available_bytes=available_bytes(device, config))
+    layout = wanted_layout(model_config, config, parts)
+    weight_size = rank_weight_bytes(model_config, dtype.itemsize, parts=parts, policy=policy)
+    planned = planner(model_config, config, layout, weight_size, device, group)
+    plan = planned(available_bytes(device, config))
     config, more = with_host_tier(config, available_memory() - (device.type == "cpu") * plan.total_bytes)
     warnings += more
     gathered = gathered_tokens(model_config, dtype.itemsize) if kernels.names["attention_prefill"] == "torch" else 0
@@ -123,8 +129,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     tokenizer = Path(config.tokenizer or config.model)
     compiler = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
     weights = None if config.state_cache_disk_path is None else WeightHash(config)
-    with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
-        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
+    with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) and parts.is_whole else nullcontext():
+        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy, group=group)
         load(model, config, on_progress)
         release_free_memory()
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
@@ -133,7 +139,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
-        plan = planned(available_bytes=plan.weight_bytes + available_bytes(device, config), measured=measured)
+        plan = planned(plan.weight_bytes + available_bytes(device, config), measured)
         on_progress("measuring memory", 1.0)
     runner, worker = make_runner(loaded, config, plan), open_disk_tier(loaded, config, weights)
     if device.type == "cuda" and (reply := steps.reply()) is not None:
@@ -171,6 +177,24 @@ def start_threads(config: EngineConfig, device: torch.device) -> str:
     return threads.reason + (f"; {unbound} of them could not be bound to their node" if unbound else "")
 
 
+def planner(
+    model_config: JambaConfig,
+    config: EngineConfig,
+    layout: CacheLayout,
+    weight_size: int,
+    device: torch.device,
+    group: Group,
+) -> Callable[..., MemoryPlan]:
+    """Returns a function that plans the memory of `available` bytes, perhaps with `measured` activations. All ranks of
+    `group` must call the function, and get the same numbers of pages, slots, tokens and sequences."""
+
+    def planned(available: int, measured: Measured | None = None) -> MemoryPlan:
+        sizes: dict[str, Any] = {"weight_bytes": weight_size, "available_bytes": available, "device": device.type}
+        return agreed(plan_memory(model_config, config, layout, **sizes, measured=measured), group, device)
+
+    return planned
+
+
 def choose_kernels(
     config: EngineConfig, policy: QuantizationPolicy, dtype: torch.dtype, device: torch.device
 ) -> tuple[Kernels, ActivationQuantization]:
@@ -193,7 +217,8 @@ def choose_steps(
     """Returns the number of prompt tokens in a step if the time of a step decides it. Raises ConfigError if max_step_ms
     is given for a GPU."""
     if device.type == "cpu":
-        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype))
+        shares = format_shares(model, policy)
+        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype, shares))
     if config.max_step_ms is not None:
         raise ConfigError("max_step_ms is for CPUs; on a GPU, max_num_batched_tokens limits a step.")
     return None
@@ -204,16 +229,6 @@ def read_stored(config: EngineConfig) -> StoredModel:
     correct the configuration and to add warnings."""
     folder = Path(config.model)
     return StoredModel(load_model_config(folder)) if config.load_format == "dummy" else read_model(folder)
-
-
-def choose_device(config: EngineConfig) -> torch.device:
-    """Returns the device to run on. The option value "auto" means the GPU if torch sees one, else the CPU."""
-    if config.tensor_parallel_size != 1:
-        raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} is not supported yet; the limit is 1.")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was requested, but this torch sees no GPU. Use --device cpu or auto.")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    return torch.device(name)
 
 
 def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype:
@@ -227,7 +242,8 @@ def available_bytes(device: torch.device, config: EngineConfig) -> int:
     together."""
     if device.type == "cuda":
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
-    return available_memory()
+    # The ranks on a CPU share its memory.
+    return available_memory() // config.tensor_parallel_size
 
 
 def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
@@ -280,6 +296,8 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     # On a CPU, asynchronous scheduling rules out graphs: a step that is launched before the previous step has finished
     # gathers its input tokens with a torch operation. A CPU graph can replay only this project's own kernels.
     wanted = not config.enforce_eager and (on_gpu or not runs_ahead)
+    # The graphs do not include what ranks exchange, and no graph of this project adds sections.
+    wanted = wanted and loaded.model.parts.is_whole
     if wanted and why_no_graphs(loaded.kernels.names, device.type) is None:
         names = loaded.kernels.names
         sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type, mixed=captures_prompts(names))
@@ -348,6 +366,8 @@ def make_info(
         labels=model_config.labels if model_config.is_classifier else (),
         problem_type=model_config.problem_type,
         pad_token_id=model_config.pad_token_id,
+        tensor_parallel_size=config.tensor_parallel_size,
+        tensor_parallel_exact=loaded.model.parts.shard.exact,
         segment_page={} if segment is None else {**segment.page},
         segment_state={} if segment is None else {**segment.state},
     )
@@ -356,7 +376,8 @@ def make_info(
 def make_scheduler(
     loaded: Loaded, config: EngineConfig, plan: MemoryPlan, storage: CacheStorage, worker: Worker | None
 ) -> Scheduler:
-    spec = CacheSpec.of(loaded.layout)
+    # All ranks save states at the same places, so the interval depends on the layout of the whole model.
+    spec = CacheSpec.of(wanted_layout(loaded.model.config, config))
     # The interval between regularly saved states is chosen so that one saved state takes at most a quarter of the
     # memory of the KV pages in the interval.
     interval = -(-4 * spec.bytes_per_saved_state // spec.bytes_per_page) * config.block_size

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jamba_server.engine.in_file import InFile, read_directly
+from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization.stored import Read
 from jamba_server.engine.weight_files import StoredTensor, header, incomplete
 from jamba_server.kernels.cpu.read import Reader
@@ -70,6 +71,16 @@ class _Plain(InFile):
         except SafetensorError as error:
             raise incomplete(self._stored.path, error) from error
 
+    def read_piece(self, piece: Piece) -> Tensor:
+        """Reads only the bytes of the piece, as far as the file has them side by side."""
+        try:
+            tensor = self._file.get_slice(self._name)
+            before = (slice(None),) * piece.dim
+            parts = [tensor[(*before, slice(start, stop))] for start, stop in piece.ranges]
+        except SafetensorError as error:
+            raise incomplete(self._stored.path, error) from error
+        return parts[0] if len(parts) == 1 else torch.cat(parts, piece.dim)
+
     def read_into(self, destination: Tensor | QuantizedWeight) -> bool:
         stored = self._stored
         if not isinstance(destination, Tensor) or destination.dtype != _DTYPES.get(stored.dtype):
@@ -95,6 +106,9 @@ class _Nibbles(_Plain):
         # Both shifts copy the sign bit of the number.
         low, high = signed << 4 >> 4, signed >> 4
         return torch.stack([low, high], dim=-1).flatten(-2)
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        return piece.cut_tensor(self.read())
 
     def read_into(self, destination: Tensor | QuantizedWeight) -> bool:
         stored = self._stored

@@ -18,6 +18,7 @@ from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.in_file import InFile, not_finite
 from jamba_server.engine.layers.parameter import Drawn, Fill, Raw, TensorMap, Unit
 from jamba_server.engine.models import Model
+from jamba_server.engine.pieces import Piece, cut
 from jamba_server.engine.quantization import stored
 from jamba_server.engine.read_ahead import ReadAhead
 from jamba_server.engine.start.contents import HEAD
@@ -89,15 +90,16 @@ class _Waiting:
         self.parts = {name: (name,) for name in unit.destinations}
         self.parts |= {name: fused.parts for name, fused in unit.fused.items()}
 
-    def data(self, name: str) -> Raw:
+    def destination(self, name: str) -> tuple[Raw, Piece | None]:
+        """Returns the memory that the checkpoint tensor `name` fills, and the piece of the tensor that fills it."""
         assert self._unit is not None, "a tensor of a packed unit was read again"
-        unit = self._unit
-        return unit.fused[name].data if name in unit.fused else unit.destinations[name].data
+        found = self._unit.fused.get(name) or self._unit.destinations[name]
+        return found.data, found.piece
 
     def mark_filled(self, name: str) -> None:
         """Records that the checkpoint tensor `name` has been copied to the weights that it fills. If all weights of the
-        group are filled now, they are packed. The caller must hold no reference to the tensor that the method `data`
-        returned, so that packing can free its memory."""
+        group are filled now, they are packed. The caller must hold no reference to the tensor that the method
+        `destination` returned, so that packing can free its memory."""
         self._missing.difference_update(self.parts[name])
         if not self._missing:
             assert self._unit is not None, "a unit may be packed only once"
@@ -123,7 +125,7 @@ class _Loader:
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
-            self._fill(name, weight, unit.data(name), path)
+            self._fill(name, weight, *unit.destination(name), path)
             unit.mark_filled(name)
         elif name not in self._ignored:
             why = _decided_by([name], "without it")
@@ -135,8 +137,10 @@ class _Loader:
             count, why = f"{len(missing)} of {len(self._names)}", _decided_by(missing, "with it")
             raise CheckpointError(f"{self._folder}: {count} tensors are missing: {listed(missing)}{why}.")
 
-    def _fill(self, name: str, weight: Raw | InFile, destination: Raw, path: Path) -> None:
-        self._check_shape(name, weight, destination, path)
+    def _fill(self, name: str, weight: Raw | InFile, destination: Raw, piece: Piece | None, path: Path) -> None:
+        self._check_shape(name, weight, destination, piece, path)
+        if piece is not None:
+            weight = weight.read_piece(piece) if isinstance(weight, InFile) else cut(weight, piece)
         if isinstance(weight, InFile):
             if weight.read_into(destination):
                 return
@@ -157,8 +161,11 @@ class _Loader:
         if not _is_finite(destination):
             raise CheckpointError(f"{path}: tensor {name} holds numbers beyond the range of {destination.dtype}.")
 
-    def _check_shape(self, name: str, weight: Raw | InFile, destination: Raw, path: Path) -> None:
-        if (shape := _shape(weight)) != (expected := _shape(destination)):
+    def _check_shape(self, name: str, weight: Raw | InFile, destination: Raw, piece: Piece | None, path: Path) -> None:
+        expected = _shape(destination)
+        if piece is not None:
+            expected[piece.dim] = piece.size
+        if (shape := _shape(weight)) != expected:
             raise CheckpointError(
                 f"{path}: tensor {name} has shape {shape}; {self._config} makes it {expected}"
                 f"{_transposed(name, shape, expected)}."
@@ -240,7 +247,7 @@ def dummy_weights(model: Model, seed: int) -> None:
     tensor_map = model.tensor_map()
     units, drawn = deque(tensor_map.units), tensor_map.drawn
     del tensor_map  # it has references to the raw weights, which must be freed one by one
-    devices = [_values(data).device for unit in units for data, _ in unit.destinations.values()]
+    devices = [_values(data).device for unit in units for data, *_ in unit.destinations.values()]
     # Raw weights that will be quantised are in host memory. If the model runs on a GPU, these weights are drawn and
     # quantised on the GPU, which does both much faster than a CPU. Copying them to the host and back would take most of
     # the time that a large model needs to load.
@@ -253,13 +260,20 @@ def dummy_weights(model: Model, seed: int) -> None:
 def fill_unit(unit: Unit, seed: int, device: torch.device, drawn: Drawn) -> Callable[[], None]:
     """Fills the tensors of `unit` and returns its `pack` function. The caller must drop its own reference to the unit
     before it calls `pack`, so that the raw weights can be freed. Tensors in the memory of another device are not
-    filled: tensors on `device` that take their place are added to `drawn`."""
-    for name, (data, fill) in unit.destinations.items():
+    filled: tensors on `device` that take their place are added to `drawn`. A rank draws whole tensors and keeps its
+    pieces of them."""
+    for name, (data, fill, piece) in unit.destinations.items():
         assert isinstance(data, Tensor), "a model with dummy weights keeps no quantised matrices of a checkpoint"
         if data.device != device:
             data = _stand_in(data, device, drawn)
-        key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-        _fill(data, fill, struct.unpack("<2i", key), device)
+        key = struct.unpack("<2i", hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest())
+        if piece is None:
+            _fill(data, fill, key, device)
+            continue
+        shape = list(data.shape)
+        shape[piece.dim] = piece.size
+        _fill(whole := data.new_empty(shape), fill, key, device)
+        data.copy_(piece.cut_tensor(whole))
     return unit.pack
 
 

@@ -22,7 +22,7 @@ from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.int8_activations import ALL_BITS, int8_parts
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
-UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon", "neon_dot", "neon_i8mm")
 """The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
 
 _FACTORS = {torch.float32: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # as in the C++ enum `Factor`
@@ -198,6 +198,10 @@ class Linear:
             start += part.rows * item
         return y
 
+    def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """See the protocol `kernels.ops.Linear`. The weight is one that `other.pack` has packed."""
+        self._other.sums(x, weight, out)
+
 
 class Experts(NamedTuple):
     """Contains the packed weights of E experts: gate_up [E, 2F, H] and down [E, H, F].
@@ -258,3 +262,7 @@ class RunExperts:
             DTYPES[x.dtype],
         )
         return y
+
+    def sums(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """See the protocol `kernels.ops.RunExperts`. The experts are those that `other.pack` has packed."""
+        self._other.sums(x, experts, weights, ids, out)

@@ -18,17 +18,20 @@ from jamba_server.kernels.ops import KernelUnavailable
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-"""The instruction sets for which the library has code, in ascending order.
+X86_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ARM_LEVELS = ("neon", "neon_dot", "neon_bf16")
+LEVELS = (*X86_LEVELS, *ARM_LEVELS)
+"""The instruction sets for which there is code, in ascending order: those of x86-64 and those of ARM.
 
-The index of an instruction set is its number in the library's functions. A machine that has one of
-the instruction sets can also run the code for all earlier instruction sets.
+The index of an instruction set is its number in the library's functions. A machine that has one of the instruction
+sets can also run the code for all earlier ones of the same processors. `portable` is for all processors but ARM's.
 """
 
-EMULATED = "amx-emulated"
-"""The level at which matrix products of bfloat16 compute in other instructions what `amx` computes. It is for tests."""
+EMULATED, NEON_EMULATED = "amx-emulated", "neon_bf16-emulated"
+"""The levels at which matrix products of bfloat16 compute in other instructions what `amx` and `neon_bf16` compute.
+They are for tests."""
 
-ALL_LEVELS = (*LEVELS, EMULATED)
+ALL_LEVELS = (*LEVELS, EMULATED, NEON_EMULATED)
 _NUMBERS = {level: number for number, level in enumerate(ALL_LEVELS)}
 _AMX = (
     "this processor has no AMX",
@@ -40,6 +43,14 @@ _AMX = (
 
 MOST_THREADS = 1024
 """The largest number of threads. More are not started."""
+
+
+def compiled_levels(machine: str) -> tuple[str, ...]:
+    """Returns the levels that a library for the processors `machine` has, in ascending order. `machine` is what
+    `platform.machine` returns."""
+    if machine in ("aarch64", "arm64"):
+        return ARM_LEVELS
+    return X86_LEVELS if machine in ("x86_64", "AMD64") else X86_LEVELS[:1]
 
 
 class _Dtypes(dict[torch.dtype, int]):
@@ -118,7 +129,7 @@ class Library:
     def set_level(self, level: str) -> None:
         """Makes the library use the instruction set `level`, for tests. Raises ValueError if the CPU lacks `level`.
 
-        With the level "amx-emulated", kernels that are not matrix products use the machine's highest instruction set.
+        With an emulated level, kernels that are not matrix products use the machine's highest instruction set.
         """
         wanted = self.number(level)
         self.function("set_level", INT, result=INT)(wanted)
@@ -127,9 +138,14 @@ class Library:
         """Returns the number of an instruction set. Raises ValueError if it is unknown or if the CPU lacks it."""
         if level not in _NUMBERS:
             raise ValueError(f"there is no level {level!r}; there are {', '.join(_NUMBERS)}")
-        if level != EMULATED and _NUMBERS[level] > self.function("highest_level", result=INT)():
+        if not self.function("has_level", INT, result=INT)(_NUMBERS[level]):
             raise ValueError(f"this machine has no {level}")
         return _NUMBERS[level]
+
+    def levels(self) -> tuple[str, ...]:
+        """Returns the instruction sets that this machine has and for which the library has code, in ascending order."""
+        has_level = self.function("has_level", INT, result=INT)
+        return tuple(level for level in LEVELS if has_level(_NUMBERS[level]))
 
     def amx(self) -> str:
         """Returns in words whether the library can use the processor extension AMX, or why it cannot."""
@@ -234,5 +250,5 @@ def open_library(folder: Path) -> Library:
         found = Library(built[0])
     except OSError as error:
         raise KernelUnavailable(f"{built[0].name} cannot be loaded: {error}") from error
-    logger.info("kernels: %s holds code for %s; this machine runs %s", built[0].name, ", ".join(LEVELS), found.level())
+    logger.info("kernels: %s runs %s; this machine has %s", built[0].name, found.level(), ", ".join(found.levels()))
     return found

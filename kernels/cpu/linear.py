@@ -143,6 +143,7 @@ class Linear:
         self._gather = native.function("gather_rows", POINTER, INT, POINTER, POINTER, *[INT] * 3)
         self._gather_quantized = native.function("gather_quantized", *[POINTER] * 3, INT, INT)
         self._run = native.function("linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
+        self._run_sums = native.function("linear_sums", POINTER, INT, *[POINTER] * 2, *[INT] * 3)
 
     def pack(self, weight: Weight) -> PackedWeight | PackedStack:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
@@ -189,3 +190,11 @@ class Linear:
             )
             start += part.rows
         return y
+
+    def sums(self, x: Tensor, weight: PackedWeight, out: Tensor) -> None:
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
+        weight.check(x)
+        whole("out", out, torch.float32, (x.shape[0], weight.rows))
+        self._run_sums(
+            x.data_ptr(), x.stride(0), weight.address, out.data_ptr(), weight.rows, x.shape[0], DTYPES[x.dtype]
+        )

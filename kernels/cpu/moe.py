@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ class RunExperts:
 
     def __init__(self, level: str | None = None) -> None:
         self.packer = Packer(level)
-        self._run = library().function("run_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
+        native, arguments = library(), (POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
+        self._run = native.function("run_experts", *arguments)
+        self._run_sums = native.function("run_experts_sums", *arguments)
 
     def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
         """Packs the weights of the experts.
@@ -70,13 +73,24 @@ class RunExperts:
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
+        y = x.new_empty(x.shape[0], experts.down.rows)
+        self._mix(self._run, x, experts, weights, ids, y)
+        return y
+
+    def sums(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
+        whole("out", out, torch.float32, (x.shape[0], experts.down.rows))
+        self._mix(self._run_sums, x, experts, weights, ids, out)
+
+    def _mix(
+        self, run: Callable[..., Any], x: Tensor, experts: Experts, weights: Tensor, ids: Tensor, y: Tensor
+    ) -> None:
         experts.gate_up.check(x)
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = shape = x.shape[0], ids.shape[-1]
         whole("weights", weights, torch.float32, shape)
         whole("ids", ids, torch.int32, shape)
-        y = x.new_empty(tokens, experts.down.rows)
-        self._run(
+        run(
             x.data_ptr(),
             x.stride(0),
             experts.gate_up.address,
@@ -89,4 +103,3 @@ class RunExperts:
             experts.num_experts,
             DTYPES[x.dtype],
         )
-        return y

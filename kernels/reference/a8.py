@@ -123,6 +123,10 @@ class Linear:
         biases = [None] * len(weight.parts) if bias is None else bias.split([len(part.values) for part in weight.parts])
         return torch.cat([a8_product(x, part, own) for part, own in zip(weight.parts, biases, strict=True)], dim=1)
 
+    def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """See the protocol `kernels.ops.Linear`. The weight is one that `other.pack` has packed."""
+        self._other.sums(x, weight, out)
+
 
 class Experts(NamedTuple):
     """Contains two weights for each expert: gate_up [2F, H] and down [H, F]."""
@@ -153,3 +157,7 @@ class RunExperts:
         if not isinstance(experts, Experts):
             return self._other(x, experts, weights, ids)
         return run_each(x, experts.gate_up, experts.down, weights, ids, a8_product)
+
+    def sums(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """See the protocol `kernels.ops.RunExperts`. The experts are those that `other.pack` has packed."""
+        self._other.sums(x, experts, weights, ids, out)

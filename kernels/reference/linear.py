@@ -40,6 +40,11 @@ def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -
     return (total if bias is None else total + bias.float()).to(x.dtype)
 
 
+def float_product(x: Tensor, weight: Weight) -> Tensor:
+    """Returns x [T, K] times the transpose of the weight [N, K] in float32. The inputs are not changed by this."""
+    return product(x.float(), weight.float() if isinstance(weight, Tensor) else weight)
+
+
 class Linear:
     """Implements the protocol `kernels.ops.Linear`.
 
@@ -66,3 +71,7 @@ class Linear:
     def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         return product(x, weight, bias)
+
+    def sums(self, x: Tensor, weight: Weight, out: Tensor) -> None:
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
+        out.copy_(float_product(x, weight))

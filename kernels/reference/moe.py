@@ -7,7 +7,7 @@ the order of the experts' ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.kernels.reference.exact import ordered_sum, silu
-from jamba_server.kernels.reference.linear import contiguous, product
+from jamba_server.kernels.reference.linear import contiguous, float_product, product
 
 
 def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +66,16 @@ class RunExperts:
         """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
         return run_each(x, experts.gate_up, experts.down, weights, ids, product)
 
+    def sums(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
+        tokens, top_k = ids.shape
+        outputs = x.new_empty(tokens * top_k, out.shape[1], dtype=torch.float32)
+        for expert, entries in _entries(ids, len(experts.down)):
+            hidden = silu_and_mul(product(x[entries // top_k], experts.gate_up[expert]))
+            outputs[entries] = float_product(hidden, experts.down[expert])
+        weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype).float()[:, :, None]
+        out.copy_(_in_order(weighted))
+
 
 def run_each(
     x: Tensor,
@@ -78,17 +88,28 @@ def run_each(
     """Runs each expert once, on all tokens that chose this expert. `multiply(x, weight)` computes x times the transpose
     of the weight of one expert."""
     tokens, top_k = ids.shape
-    chosen = ids.flatten()  # chosen[t * K + i] is entry i of token t's top-k list
-    by_expert = chosen.argsort(stable=True)
     outputs = x.new_empty(tokens * top_k, x.shape[1])
-    counts = chosen.bincount(minlength=len(down)).tolist()
-    for expert, entries in enumerate(by_expert.split(counts)):
-        if len(entries):
-            hidden = silu_and_mul(multiply(x[entries // top_k], gate_up[expert]))
-            outputs[entries] = multiply(hidden, down[expert])
+    for expert, entries in _entries(ids, len(down)):
+        hidden = silu_and_mul(multiply(x[entries // top_k], gate_up[expert]))
+        outputs[entries] = multiply(hidden, down[expert])
     # As in transformers, the routing weights are rounded to x's dtype, and so is each expert's weighted output.
     weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
+    return _in_order(weighted).to(x.dtype)
+
+
+def _entries(ids: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields each expert that a token chose, with its entries: the numbers t * K + i of entry i of token t's list."""
+    chosen = ids.flatten()
+    by_expert = chosen.argsort(stable=True)
+    counts = chosen.bincount(minlength=num_experts).tolist()
+    for expert, entries in enumerate(by_expert.split(counts)):
+        if len(entries):
+            yield expert, entries
+
+
+def _in_order(weighted: Tensor) -> Tensor:
+    """Returns the sum of [T, K, H] over K in float32, added one after the other."""
     total = weighted[:, 0].float()
-    for rank in range(1, top_k):
+    for rank in range(1, weighted.shape[1]):
         total = total + weighted[:, rank].float()
-    return total.to(x.dtype)
+    return total

@@ -65,6 +65,11 @@ class Linear:
             start = end
         return out
 
+    def sums(self, x: Tensor, weight: Tensor | PackedWeight, out: Tensor) -> None:
+        """Implements `Linear.sums`, a method of the protocol that the module `kernels.ops` documents."""
+        require(out.dtype == torch.float32 and out.is_contiguous(), "out", out, "be float32 and contiguous")
+        _multiply(x, read(weight), None, out)
+
 
 def pack_one(weight: Tensor | QuantizedWeight) -> Tensor | PackedWeight:
     """Packs a weight that is quantised. Another weight keeps its layout."""

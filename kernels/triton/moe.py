@@ -64,6 +64,17 @@ class RunExperts:
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """Implements `RunExperts.__call__`, a method of the protocol that the module `kernels.ops` documents."""
+        out = x.new_empty(x.shape)
+        self._mix(x, experts, weights, ids, out)
+        return out
+
+    def sums(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """Implements `RunExperts.sums`, a method of the protocol that the module `kernels.ops` documents."""
+        require(out.dtype == torch.float32 and out.is_contiguous(), "out", out, "be float32 and contiguous")
+        self._mix(x, experts, weights.to(x.dtype).float(), ids, out)
+
+    def _mix(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """Writes the weighted sums to `out`, and rounds the outputs of the experts and the sums to its dtype."""
         require(x.stride(1) == 1, "x", x, "have contiguous rows")
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = ids.shape
@@ -82,16 +93,14 @@ class RunExperts:
             **constants,
             **_options(first, tiles[0]),
         )
-        outputs = x.new_empty(tokens * top_k, hidden)
+        outputs = out.new_empty(tokens * top_k, hidden)
         grid = (_num_tiles(tokens * top_k, count, tiles[1]), cdiv(hidden, tiles[1].columns))
         down_kernel[grid](
             *(activated, *second.tensors, *groups, weights, outputs, hidden, intermediate),
             **constants,
             **_options(second, tiles[1]),
         )
-        out = x.new_empty(tokens, hidden)
         sum_kernel[(tokens, cdiv(hidden, BLOCK))](outputs, out, hidden, TOP_K=top_k, BLOCK=BLOCK)
-        return out
 
 
 def _options(weight: PackedWeight, tile: Tile) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jamba_server.engine.config import EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
 from jamba_server.engine.start.contents import read_plan
 from jamba_server.engine.start.machine import available_cpus
@@ -52,17 +53,20 @@ def decode_limits(
     *,
     bandwidth: float | None,
     measured: Mapping[int, float],
+    parts: Parts | None = None,
 ) -> tuple[Decode, ...]:
     """Returns the limits of the decoding speed, first for one sequence, then for each number of sequences in
     `measured`.
 
     `measured` maps a number of sequences to tokens per second. `bandwidth` is in bytes per second.
+    If `parts` is given, the bytes are those that the rank that owns them reads, and the time of exchanges between ranks
+    is not counted.
     """
 
-    slot = cache_layout(model, block_size=1, dtype=dtype).num_bytes("slot")
+    slot = cache_layout(model, block_size=1, dtype=dtype, parts=parts).num_bytes("slot")
 
     def decode(sequences: int) -> Decode:
-        read = step_bytes(model, DTYPE_BYTES[dtype], num_sequences=sequences, policy=policy)
+        read = step_bytes(model, DTYPE_BYTES[dtype], num_sequences=sequences, policy=policy, parts=parts)
         states = 2 * sequences * slot
         return Decode(
             sequences=sequences,

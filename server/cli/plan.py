@@ -19,6 +19,10 @@ from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import wanted_layout
+from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.parallel.costs import Exchanges, exchanges
+from jamba_server.engine.parallel.shards import Parts
+from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.contents import StoredModel, conversions, read_plan
 from jamba_server.engine.start.machine import available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import (
@@ -28,7 +32,8 @@ from jamba_server.engine.start.memory_plan import (
     plan_memory,
     usable_bytes,
 )
-from jamba_server.engine.weight_sizes import policy_of, weight_bytes
+from jamba_server.engine.start.rank_options import check_options, shard_of
+from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.decode_limit import (
     DTYPE_BYTES,
@@ -61,12 +66,14 @@ SIZES = (
     "state_cache_dtype",
     "block_size",
     "enable_prefix_caching",
+    "tensor_parallel_size",
+    "tensor_parallel_exact",
 )
 Memory = Annotated[
     str | None,
     typer.Option(
         metavar="BYTES",
-        help="Memory of the device, such as 80GiB  [default: what is free on this machine]",
+        help="Memory of the device, or of each of several GPUs, such as 80GiB  [default: what is free on this machine]",
         show_default=False,
     ),
 ]
@@ -106,6 +113,9 @@ class Cell:
 class Report:
     """The memory that a model needs on a device. The server is allowed to use `memory_bytes` of the device's memory.
 
+    If several ranks run the model, the sizes are those of the rank that needs most of them, on a device of its own, and
+    `exchanges` counts what ranks exchange in a decode step.
+
     The field `plan` says how the server would divide that memory. If the server would not start, `plan` is None and
     `refusal` gives the reason.
     `bandwidth` is the device's memory bandwidth in bytes per second, or None if it is not known.
@@ -114,6 +124,8 @@ class Report:
     model: str
     architecture: str
     parameters: int
+    ranks: int
+    exchanges: Exchanges
     dtype: str
     quantization: Quantization | None
     quantize_mamba: bool
@@ -172,11 +184,13 @@ def make_report(
     maps a number of running sequences to measured tokens per second. Raises ConfigError for a text that is not a size.
     """
     model = stored.config
-    device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
+    ranks = engine.tensor_parallel_size
+    device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization, ranks)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = policy_of(engine, model)
-    weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
-    layout = wanted_layout(model, engine)
+    parts = largest_parts(model, engine, policy)
+    weights = rank_weight_bytes(model, DTYPE_BYTES[dtype], parts=parts, policy=policy)
+    layout = wanted_layout(model, engine, parts)
     spec = CacheSpec.of(layout)
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
@@ -189,7 +203,8 @@ def make_report(
 
     def cell(context: int, sequences: int) -> Cell:
         activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
-        total = weights + activations + (result.graph_bytes if result else 0) + sequences * spec.sequence_bytes(context)
+        fixed = result.graph_bytes + result.table_bytes if result else 0
+        total = weights + activations + fixed + sequences * spec.sequence_bytes(context)
         return Cell(context=context, sequences=sequences, bytes=total, fits=total <= available)
 
     longest = min(engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
@@ -198,6 +213,8 @@ def make_report(
         model=name,
         architecture=model.architecture,
         parameters=model.num_parameters(),
+        ranks=ranks,
+        exchanges=exchanges(model, parts.shard, DTYPE_BYTES[dtype]),
         dtype=dtype,
         quantization=policy.quantization,
         quantize_mamba=policy.mamba,
@@ -205,7 +222,7 @@ def make_report(
         memory_bytes=available,
         weight_bytes=weights,
         bandwidth=speed,
-        decode=decode_limits(model, dtype, policy, bandwidth=speed, measured=measured),
+        decode=decode_limits(model, dtype, policy, bandwidth=speed, measured=measured, parts=parts),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
         bytes_per_saved_state=spec.bytes_per_saved_state,
@@ -216,8 +233,19 @@ def make_report(
     )
 
 
-def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
-    """Returns the device's name, and the size in bytes of the memory that the server is allowed to use on the device.
+def largest_parts(model: JambaConfig, engine: EngineConfig, policy: QuantizationPolicy) -> Parts:
+    """Returns what the rank owns that has most weights. Raises ConfigError if the model cannot be divided."""
+    check_options(engine)
+    shards = [shard_of(engine, rank) for rank in range(engine.tensor_parallel_size)]
+    return max(
+        (Parts.of(model, shard, policy) for shard in shards),
+        key=lambda own: rank_weight_bytes(model, 1, parts=own, policy=policy),
+    )
+
+
+def find_memory(device: Device, memory: str | None, utilization: float, ranks: int = 1) -> tuple[str, int]:
+    """Returns the device's name, and the size in bytes of the memory that a rank of the server is allowed to use on the
+    device. Each rank has a GPU of its own, and the `ranks` on a CPU share its memory.
 
     `memory` is the size of the device's memory as text. If it is None, the free memory of the first GPU or of this
     machine is used.
@@ -229,12 +257,12 @@ def find_memory(device: Device, memory: str | None, utilization: float) -> tuple
             size = parse_size(memory)
         except ValueError:
             raise ConfigError(f"--memory is {memory!r}; it must be a size such as 80GiB.") from None
-        return name, usable_bytes(size, size, utilization) if name == "cuda" else size
+        return name, usable_bytes(size, size, utilization) if name == "cuda" else size // ranks
     if name == "cuda" and on_gpu is None:
         raise ConfigError(
             "--device is cuda, but nvidia-smi finds no GPU here: say how much memory it has with --memory."
         )
-    return name, available_memory() if on_gpu is None else usable_bytes(*on_gpu, utilization)
+    return name, available_memory() // ranks if on_gpu is None else usable_bytes(*on_gpu, utilization)
 
 
 def gpu_memory() -> tuple[int, int] | None:
@@ -258,6 +286,7 @@ def describe(report: Report) -> list[str]:
     lines = [
         f"{report.model}: {report.architecture}, {report.parameters:,} parameters in "
         + describe_weights(report.dtype, report.quantization, report.quantize_mamba),
+        *describe_ranks(report),
         f"weights                 {format_bytes(report.weight_bytes)}",
         f"KV cache                {report.kv_bytes_per_token:,} bytes per token",
         f"state                   {format_bytes(state)} per sequence"
@@ -274,11 +303,24 @@ def describe(report: Report) -> list[str]:
         f"jamba serve would use   {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
         f"activations {format_bytes(plan.activation_bytes)}, "
         + (f"CUDA graphs {format_bytes(plan.graph_bytes)}, " if plan.graph_bytes else "")
+        + (f"page tables {format_bytes(plan.table_bytes)}, " if plan.table_bytes else "")
         + f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
         f"({plan.max_num_seqs} running, {plan.num_saved} saved)",
         f"and allow               {plan.max_model_len:,} tokens per sequence, {plan.max_num_seqs} sequences, "
         f"{plan.max_num_batched_tokens} prompt tokens per step",
         *(f"warning                 {warning}" for warning in plan.warnings),
+    ]
+
+
+def describe_ranks(report: Report) -> list[str]:
+    """Returns the lines about several ranks, or no lines if there is one."""
+    if report.ranks == 1:
+        return []
+    sent = report.exchanges
+    return [
+        f"ranks                   {report.ranks}; all sizes below are those of one rank and its device",
+        f"exchanges               {sent.count} in a step; a rank sends {sent.bytes_alone:,} bytes for one sequence "
+        f"and {sent.bytes_among_many:,} for each of many",
     ]
 
 

@@ -48,7 +48,9 @@ class Feeder:
     def __init__(self, model: Model, *, dtype: torch.dtype = torch.float32, num_pages: int = 64) -> None:
         self.model = model
         self.storage = CacheStorage(
-            cache_layout(model.config, block_size=BLOCK_SIZE, dtype=str(dtype).removeprefix("torch.")),
+            cache_layout(
+                model.config, block_size=BLOCK_SIZE, dtype=str(dtype).removeprefix("torch."), parts=model.parts
+            ),
             num_pages=num_pages,
             num_slots=12,
             device=torch.device("cpu"),

@@ -192,6 +192,9 @@ class CopyingLinear:
     def __call__(self, x: Tensor, weight: Transposed, bias: Tensor | None = None) -> Tensor:
         return x @ weight.data if bias is None else x @ weight.data + bias
 
+    def sums(self, x: Tensor, weight: Transposed, out: Tensor) -> None:
+        out.copy_(x @ weight.data)
+
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("random", [False, True])
@@ -420,7 +423,9 @@ def test_random_weights_need_no_file_and_depend_on_the_seed_alone(tmp_path: Path
             expected = 1.0 if fill == "unit" else data.shape[-1] ** -0.5
             assert data.std().item() == pytest.approx(expected, rel=0.2)
             seen.add(data.flatten()[0].item() / data.std().item())
-    assert len(seen) == sum(fill in ("normed", "unit") for _, fill in first.values()), "each tensor has its own numbers"
+    assert len(seen) == sum(fill in ("normed", "unit") for _, fill, _ in first.values()), (
+        "each tensor has its own numbers"
+    )
 
 
 def test_random_time_steps_and_decays_are_mambas_own(tmp_path: Path) -> None:

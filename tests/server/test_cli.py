@@ -135,7 +135,6 @@ def test_a_mistyped_command_gets_a_suggestion(
             ["plan", "org/name", "--quantize-mamba"],
             "jamba: quantize_mamba needs quantization: int8 or int4 or int4-g32 or fp8.",
         ),
-        (["serve", "--tensor-parallel-size", "2"], "jamba: tensor_parallel_size 2 is not supported yet"),
         (["serve", "--config", "/no/such.yaml"], "jamba: --config /no/such.yaml: there is no such file."),
         (["serve", "--port", "0", "/no/such"], "jamba: There is no folder /no/such, and a hub id"),
         (["plan", "org/name"], "jamba: There is no folder org/name, the hub cache"),

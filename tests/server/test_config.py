@@ -228,7 +228,6 @@ def test_what_kubernetes_injects_is_ignored_with_one_line(caplog: pytest.LogCapt
     [
         ({"quantization": "fp4"}, "--quantization is 'fp4'; it must be one of int8, int4, int4-g32, fp8."),
         ({"quantize_mamba": True}, "quantize_mamba needs quantization: int8 or int4 or int4-g32 or fp8."),
-        ({"tensor_parallel_size": "2"}, "tensor_parallel_size 2 is not supported yet; the limit is 1"),
         ({"ssl_keyfile": "k.pem"}, "ssl_keyfile and ssl_certfile go together"),
         ({"chat_template": "/no/such.jinja"}, "chat_template is '/no/such.jinja'; there is no such file"),
         ({"root_path": "jamba"}, "root_path is 'jamba'; it must begin with a slash"),

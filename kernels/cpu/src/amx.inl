@@ -91,7 +91,8 @@ inline void write_rows(const Product<bf16>& p, int64_t panel, int64_t row, int64
         const Vec bias = p.bias ? take(p.bias + column, n) : set(0.0f);
         for (int64_t m = 0; m < rows; m++) {
             const Vec sum = load(sums + m * PANEL + c);
-            put(p.y + (row + m) * p.y_stride + column, p.bias ? sum + bias : sum, n);
+            if (p.sums) put(p.sums + (row + m) * p.y_stride + column, sum, n);
+            else put(p.y + (row + m) * p.y_stride + column, p.bias ? sum + bias : sum, n);
         }
     }
 }
@@ -119,7 +120,7 @@ inline void multiply_plain(TileSet& set, const Part& part, int64_t panel, int64_
 template <class W>
 INLINE void convert_pair(const Reader<W>& reader, const char* step, int pair, char* out) {
     for (int64_t strip = 0; strip < STRIPS; strip++, out += STRIP * 4, step += STRIP * Reader<W>::COLUMN_BYTES) {
-        for (int v = 0; v < 2; v++) {
+        for (int v = 0; v < VECTORS; v++) {
 #ifdef DOT_PRODUCTS
             _mm512_storeu_si512(out + 64 * v, (__m512i)reader.vector(step, v, pair));
 #else
@@ -345,7 +346,7 @@ inline void mix_experts(const Experts<bf16>& e) {
     auto* const memory = static_cast<char*>(scratch(1, most * int64_t(sizeof(Part)) + (2 * entries + e.experts + 1) * 4));
     const Order order = sort_entries(e, reinterpret_cast<int32_t*>(memory + most * sizeof(Part)));
     auto* const hidden = static_cast<bf16*>(scratch(2, entries * wide * 2));
-    auto* const outputs = static_cast<bf16*>(scratch(3, entries * e.hidden * 2));
+    void* const outputs = scratch(3, entries * e.hidden * (e.sums ? 4 : 2));
     auto* const copies = static_cast<char*>(scratch(0, bytes));
 
     auto each_expert = [&](const auto& product) {
@@ -370,10 +371,13 @@ inline void mix_experts(const Experts<bf16>& e) {
         }
     });
     each_expert([&](int64_t i, int64_t start, int64_t size) {
+        const int64_t first = start * e.hidden;
         return Product<bf16>{hidden + start * wide, wide, nullptr, of_expert(e.down, e.hidden, i), nullptr,
-                             outputs + start * e.hidden, e.hidden, size, e.hidden};
+                             e.sums ? nullptr : static_cast<bf16*>(outputs) + first, e.hidden, size, e.hidden,
+                             e.sums ? static_cast<float*>(outputs) + first : nullptr};
     });
-    add_outputs(e, order, outputs);
+    if (e.sums) return add_sums<bf16>(e, order, static_cast<const float*>(outputs));
+    add_outputs(e, order, static_cast<const bf16*>(outputs));
 }
 
 #undef TILE_ZERO

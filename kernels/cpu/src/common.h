@@ -10,6 +10,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define JAMBA_X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define JAMBA_ARM 1
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -29,6 +32,8 @@
 #define BEGIN_TARGET_AVX512_BF16 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define BEGIN_TARGET_AMX \
     JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#define BEGIN_TARGET_NEON_DOT JAMBA_TARGET("dotprod")
+#define BEGIN_TARGET_NEON_BF16 JAMBA_TARGET("dotprod,bf16,i8mm")
 #else
 #define END_TARGET _Pragma("GCC pop_options")
 #define BEGIN_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
@@ -39,6 +44,8 @@
 #define BEGIN_TARGET_AMX                \
     _Pragma("GCC push_options")         \
     _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16\")")
+#define BEGIN_TARGET_NEON_DOT _Pragma("GCC push_options") _Pragma("GCC target(\"arch=armv8.2-a+dotprod\")")
+#define BEGIN_TARGET_NEON_BF16 _Pragma("GCC push_options") _Pragma("GCC target(\"arch=armv8.2-a+dotprod+bf16+i8mm\")")
 #endif
 // Compilers before GCC 11 and Clang 12 have no functions for AMX, and only Linux lets a process use AMX in the way that
 // `amx.cpp` knows.
@@ -46,11 +53,29 @@
 #define JAMBA_AMX 1
 #endif
 
-// The instruction sets for which kernels are compiled. Each instruction set includes all instruction sets before it in
-// this list. The last value is no instruction set: with `amx_emulated`, matrix products of bf16 compute in other
-// instructions what `amx` computes, for tests.
-enum class Level : int64_t { portable, avx2, avx512, avx512_bf16, amx, amx_emulated };
-// Returns the instruction set of all kernels but the matrix products. It is never `amx_emulated`.
+// The instruction sets for which kernels are compiled: `avx2` to `amx` for x86-64, and `neon` to `neon_bf16` for ARM of
+// 64 bits. An instruction set includes those before it that belong to the same processors. Other processors than those of
+// ARM also have `portable`.
+//
+// `neon` is in every such processor of ARM. `neon_dot` also has the dot product of bytes (SDOT), and `neon_bf16` has the
+// matrix products of bf16 (BFMMLA) and of bytes (SMMLA).
+//
+// The last values are no instruction sets. With `amx_emulated`, matrix products of bf16 compute in other instructions
+// what `amx` computes, and with `neon_bf16_emulated` what `neon_bf16` computes, for tests.
+enum class Level : int64_t {
+    portable,
+    avx2,
+    avx512,
+    avx512_bf16,
+    amx,
+    neon,
+    neon_dot,
+    neon_bf16,
+    amx_emulated,
+    neon_bf16_emulated
+};
+INLINE bool is_emulated(Level level) { return level >= Level::amx_emulated; }
+// Returns the instruction set of all kernels but the matrix products. It is never an emulated one.
 Level level();
 // Returns the instruction set of the matrix products whose weights name none.
 Level product_level();

@@ -51,3 +51,24 @@ void add_outputs(const E& e, const Order& order, const T* outputs) {
         }
     });
 }
+
+// Computes what `add_outputs` computes, from outputs in float32 and without rounding the products or the result to T.
+// The weights are rounded to T.
+template <class T, class E>
+void add_sums(const E& e, const Order& order, const float* outputs) {
+    parallel_for(e.tokens, ceil_div(1 << 15, e.hidden * e.top_k), [&](int64_t t, int64_t end) {
+        for (; t < end; t++) {
+            const int32_t* places = order.places + t * e.top_k;
+            for (int64_t i = 0; i < e.hidden; i += WIDTH) {
+                const int64_t n = e.hidden - i < WIDTH ? e.hidden - i : WIDTH;
+                Vec total = set(0.0f);
+                for (int64_t rank = 0; rank < e.top_k; rank++) {
+                    const Vec weight = set(to_float(from_float<T>(e.weights[t * e.top_k + rank])));
+                    const Vec part = take(outputs + places[rank] * e.hidden + i, n) * weight;
+                    total = rank ? total + part : part;
+                }
+                put(e.sums + t * e.hidden + i, total, n);
+            }
+        }
+    });
+}

@@ -14,7 +14,7 @@ void mix_experts(const Experts<T>& e) {
     const Order order = sort_entries(e, reinterpret_cast<int32_t*>(memory + parts_bytes));
     auto* const packed = static_cast<PackedX*>(scratch(0, entries * row * 4));
     T* const hidden = static_cast<T*>(scratch(2, entries * wide * int64_t(sizeof(T))));
-    T* const outputs = static_cast<T*>(scratch(3, entries * e.hidden * int64_t(sizeof(T))));
+    void* const outputs = scratch(3, entries * e.hidden * int64_t(e.sums ? sizeof(float) : sizeof(T)));
 
     auto each_expert = [&](const auto& product, const Weights& weights) {
         Parts<T> all{reinterpret_cast<Part<T>*>(memory)};
@@ -34,8 +34,10 @@ void mix_experts(const Experts<T>& e) {
     multiply_parts(first);
     const Parts<T> second = each_expert(
         [&](int64_t i, int64_t start, int64_t size) {
+            const int64_t first = start * e.hidden;
             return Product<T>{hidden + start * wide, wide, nullptr, of_expert(e.down, e.hidden, i), nullptr,
-                              outputs + start * e.hidden, e.hidden, size, e.hidden};
+                              e.sums ? nullptr : static_cast<T*>(outputs) + first, e.hidden, size, e.hidden,
+                              e.sums ? static_cast<float*>(outputs) + first : nullptr};
         },
         e.down);
     pack_parts(second, [&](const Product<T>& p, int64_t row, int64_t size) {
@@ -44,5 +46,6 @@ void mix_experts(const Experts<T>& e) {
         }
     });
     multiply_parts(second);
-    add_outputs(e, order, outputs);
+    if (e.sums) return add_sums<T>(e, order, static_cast<const float*>(outputs));
+    add_outputs(e, order, static_cast<const T*>(outputs));
 }

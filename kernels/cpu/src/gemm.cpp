@@ -11,32 +11,80 @@
 BEGIN_TARGET_AVX512_BF16
 namespace avx512_bf16 {
 using namespace avx512;
+#define LEVEL_AVX512
 #define DOT_PRODUCTS
 #include "products.inl"
 #undef DOT_PRODUCTS
+#undef LEVEL_AVX512
 }  // namespace avx512_bf16
 END_TARGET
+#elif JAMBA_ARM
+BEGIN_TARGET_NEON_BF16
+namespace neon_bf16 {
+using namespace neon;
+#define LEVEL_NEON
+#define DOT_PRODUCTS
+#define ROW_PAIRS
+#include "products.inl"
+#undef ROW_PAIRS
+#undef DOT_PRODUCTS
+#undef LEVEL_NEON
+}  // namespace neon_bf16
+END_TARGET
 #endif
+namespace neon_bf16_emulated {
+using namespace portable;
+#define DOT_PRODUCTS
+#define ROW_PAIRS
+#include "products.inl"
+#undef ROW_PAIRS
+#undef DOT_PRODUCTS
+}  // namespace neon_bf16_emulated
 
 // Returns the instruction set that multiplies a weight.
 static Level level_of(const Weights& weights) { return weights.level < 0 ? product_level() : Level(weights.level); }
 
+// Returns whether `amx.cpp` computes the products of bf16.
+static bool uses_tiles(Level wanted) { return wanted == Level::amx || wanted == Level::amx_emulated; }
+
+// Returns the machine's instruction set that multiplies where no emulation and no tiles are used.
+static Level machine_level(Level wanted) { return uses_tiles(wanted) || is_emulated(wanted) ? level() : wanted; }
+
 // This macro calls the version of the function f<T> that was compiled for the instruction set `wanted`. If T is bf16, f
-// also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
+// also has versions with bf16 dot products.
 #if JAMBA_X86
-#define DISPATCH_PRODUCT(wanted, f, argument)                                            \
-    do {                                                                                 \
-        const Level chosen = wanted < Level::amx ? wanted : level();                     \
-        if constexpr (std::is_same_v<T, bf16>) {                                         \
-            if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument);           \
-        }                                                                                \
-        if (chosen >= Level::avx512) return avx512::f(argument);                         \
-        if (chosen == Level::avx2) return avx2::f(argument);                             \
-        return portable::f(argument);                                                    \
-    } while (0)
+#define RETURN_FROM_DOT_LEVEL(f, argument) \
+    if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument)
+#define RETURN_FROM_LEVEL(f, argument)                               \
+    if (chosen >= Level::avx512) return avx512::f(argument);         \
+    if (chosen == Level::avx2) return avx2::f(argument);             \
+    return portable::f(argument)
+#elif JAMBA_ARM
+#define RETURN_FROM_DOT_LEVEL(f, argument) \
+    if (chosen == Level::neon_bf16) return neon_bf16::f(argument)
+#define RETURN_FROM_LEVEL(f, argument) return neon::f(argument)
 #else
-#define DISPATCH_PRODUCT(wanted, f, argument) portable::f(argument)
+#define RETURN_FROM_DOT_LEVEL(f, argument)
+#define RETURN_FROM_LEVEL(f, argument) return portable::f(argument)
 #endif
+#define DISPATCH_PRODUCT(wanted, f, argument)                                                         \
+    do {                                                                                              \
+        [[maybe_unused]] const Level chosen = machine_level(wanted);                                  \
+        if constexpr (std::is_same_v<T, bf16>) {                                                      \
+            if (wanted == Level::neon_bf16_emulated) return neon_bf16_emulated::f(argument);          \
+            RETURN_FROM_DOT_LEVEL(f, argument);                                                       \
+        }                                                                                             \
+        RETURN_FROM_LEVEL(f, argument);                                                               \
+    } while (0)
+
+template <class T>
+static void run_product(const Product<T>& p) {
+    const Level wanted = level_of(p.weights);
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (uses_tiles(wanted)) return amx_linear(wanted, p);
+    }
+    DISPATCH_PRODUCT(wanted, multiply, p);
+}
 
 // Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bias: [n] or null; y: [m, n], with rows
 // `y_stride` elements apart.
@@ -44,13 +92,27 @@ EXPORT void linear(const void* x, int64_t x_stride, const Weights* weights, cons
                    int64_t m, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const Product<T> p{(const T*)x, x_stride, nullptr, *weights, (const T*)bias, (T*)y, y_stride, m, weights->n};
-        const Level wanted = level_of(*weights);
-        if constexpr (std::is_same_v<T, bf16>) {
-            if (wanted >= Level::amx) return amx_linear(wanted, p);
-        }
-        DISPATCH_PRODUCT(wanted, multiply, p);
+        run_product(Product<T>{(const T*)x, x_stride, nullptr, *weights, (const T*)bias, (T*)y, y_stride, m, weights->n});
     });
+}
+
+// Computes sums = x W^T in float32, which is the product before it is rounded. x: [m, k], with rows `x_stride` elements
+// apart; sums: [m, n], with rows `stride` elements apart.
+EXPORT void linear_sums(const void* x, int64_t x_stride, const Weights* weights, float* sums, int64_t stride, int64_t m,
+                        int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        run_product(Product<T>{(const T*)x, x_stride, nullptr, *weights, nullptr, nullptr, stride, m, weights->n, sums});
+    });
+}
+
+template <class T>
+static void run_mixture(const Experts<T>& e) {
+    const Level wanted = level_of(e.gate_up);
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (uses_tiles(wanted)) return amx_experts(wanted, e);
+    }
+    DISPATCH_PRODUCT(wanted, mix_experts, e);
 }
 
 // Computes the operation that `kernels.ops.RunExperts` defines. x: [tokens, hidden], with rows `x_stride` elements
@@ -61,12 +123,19 @@ EXPORT void run_experts(const void* x, int64_t x_stride, const Weights* gate_up,
                         int64_t experts, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const Experts<T> e{(const T*)x, x_stride, *gate_up, *down, weights, ids, (T*)y,
-                           tokens, top_k, experts, down->n, down->k};
-        const Level wanted = level_of(*gate_up);
-        if constexpr (std::is_same_v<T, bf16>) {
-            if (wanted >= Level::amx) return amx_experts(wanted, e);
-        }
-        DISPATCH_PRODUCT(wanted, mix_experts, e);
+        run_mixture(Experts<T>{(const T*)x, x_stride, *gate_up, *down, weights, ids, (T*)y,
+                               tokens, top_k, experts, down->n, down->k});
+    });
+}
+
+// Computes the same in float32: the outputs of the experts, their products with the weights, and the result are not
+// rounded to the dtype of x. sums: [tokens, hidden].
+EXPORT void run_experts_sums(const void* x, int64_t x_stride, const Weights* gate_up, const Weights* down,
+                             const float* weights, const int32_t* ids, float* sums, int64_t tokens, int64_t top_k,
+                             int64_t experts, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        run_mixture(Experts<T>{(const T*)x, x_stride, *gate_up, *down, weights, ids, nullptr,
+                               tokens, top_k, experts, down->n, down->k, sums});
     });
 }

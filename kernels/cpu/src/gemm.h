@@ -117,6 +117,9 @@ struct Product {
     T* y;           // y: [m, n], with rows y_stride elements apart
     int64_t y_stride;
     int64_t m, n;
+    // If `sums` is not null, the sums are written there as float32, and not rounded to T: [m, n], with rows y_stride
+    // elements apart. There is no bias then, and `y` is null.
+    float* sums = nullptr;
 };
 
 // The struct `Experts` has the weights of a layer of experts, and the tokens with the experts that each token chose.
@@ -130,4 +133,5 @@ struct Experts {
     const int32_t* ids;
     T* y;
     int64_t tokens, top_k, experts, hidden, inner;
+    float* sums = nullptr;  // if not null, the result is written there as float32: [tokens, hidden], and `y` is null
 };

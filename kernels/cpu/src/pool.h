@@ -185,7 +185,7 @@ private:
 #if defined(__x86_64__)
         _mm_pause();
 #elif defined(__aarch64__)
-        __asm__ volatile("isb");
+        asm volatile("isb");  // The instruction YIELD would not wait at all on most processors.
 #endif
     }
 

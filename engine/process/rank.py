@@ -1,0 +1,65 @@
+"""A rank of the engine from 1 on: `python -m jamba_server.engine.process.rank FD`, with the descriptor of its socket.
+
+`ranks.Ranks` starts this process. It loads its part of the model and runs the steps that rank 0 announces. It keeps the
+results, because rank 0 has the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from jamba_server.engine.process.connection import LogToParent, Send, end_with_parent, load, sender
+from jamba_server.engine.process.ranks import Join, StepInputs, ToRank, checksum, descriptor_path
+from jamba_server.engine.process.wire import receive
+from jamba_server.engine.read_ahead import reading_early
+from jamba_server.engine.types import Submit
+
+
+def run(connection: socket.socket, send: Send) -> int:
+    if (join := receive(connection, Join)) is None:
+        return 1
+    with reading_early(Path(join.config.model), join.config.load_format):
+        core = load(join.config, send, rank=join.rank, store=descriptor_path(join.store))
+    if core is None:
+        return 1
+    from jamba_server.engine.process.lockstep import FollowingInbox  # it imports torch
+
+    core.inbox = inbox = FollowingInbox(core.inbox.compiler)
+    gc.collect()
+    gc.freeze()
+    results = 0
+    while (message := receive(connection, ToRank)) is not None:
+        match message:
+            case Submit(requests):
+                inbox.submit(requests)
+            case StepInputs():
+                if message.results != results:
+                    raise RuntimeError(f"rank {join.rank} has computed other tokens than rank 0")
+                inbox.follow(message)
+                results = checksum(core.step())
+    return 0
+
+
+def main() -> None:
+    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        send = sender(connection)
+        logging.basicConfig(level=logging.INFO, handlers=[LogToParent(send)])
+        logging.captureWarnings(True)
+        try:
+            status = run(connection, send)
+        except (BrokenPipeError, ConnectionResetError):
+            status = 0  # rank 0 is gone, so there is nothing to do
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
