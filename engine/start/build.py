@@ -104,8 +104,7 @@ def build_engine(
     check_options(config)
     stored = read_stored(config)
     model_config = stored.config
-    dtype = choose_dtype(config, model_config)
-    policy = policy_of(config, model_config)
+    dtype, policy = choose_dtype(config, model_config), policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     check_folder(config)
@@ -126,9 +125,8 @@ def build_engine(
     steps = dummy_steps(config, model_config, plan, gathered)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
     # The grammar compiler reads the tokenizer in a thread of its own while the weights are loaded.
-    compiler = GrammarCompiler(
-        Path(config.tokenizer or config.model), model_config.vocab_size, model_config.eos_token_ids
-    )
+    tokenizer = Path(config.tokenizer or config.model)
+    compiler = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
     weights = None if config.state_cache_disk_path is None else WeightHash(config)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) and parts.is_whole else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy, group=group)
