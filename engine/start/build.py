@@ -104,8 +104,7 @@ def build_engine(
     check_options(config)
     stored = read_stored(config)
     model_config = stored.config
-    dtype = choose_dtype(config, model_config)
-    policy = policy_of(config, model_config)
+    dtype, policy = choose_dtype(config, model_config), policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     check_folder(config)
