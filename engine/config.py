@@ -12,6 +12,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["int8", "int4", "int4-g32", "fp8"]
 ActivationQuantization = Literal["none", "int8"]
 LoadFormat = Literal["auto", "dummy"]
+Numa = Literal["auto", "none", "split"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
 
@@ -36,6 +37,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     not, and None does so where it is faster and the loss is small (`engine.start.activations`).
 
     `max_step_ms` limits the time of a step on a CPU: it decides `max_num_batched_tokens` where that is None.
+
+    `threads` is the number of threads of the CPU kernels, by default one for each processor that this process may use.
+    `numa` "split" divides them and the weights among the memory nodes of the machine, "none" does not, and "auto" does
+    where there are several (`engine.start.processors`).
 
     `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
     a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
@@ -84,5 +89,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_exact: bool | None = None
     seed: int = 0
     threads: int | None = None
+    numa: Numa = "auto"
     batch_invariant: bool | None = None
     kernels: dict[str, str] = msgspec.field(default_factory=dict[str, str])

@@ -29,12 +29,12 @@ class TableChanges(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What a row of the tables has: the first `count` pages of the array `block_ids`. A sequence gets a new array when
-    it gets other pages, and the array only grows while it has these pages."""
+    """What a row of the tables has: the first `num_pages` pages of the array `block_ids`. A sequence gets a new array
+    when it gets other pages, and the array only grows while it has these pages."""
 
     row: int
     block_ids: array[int]
-    count: int
+    num_pages: int
 
 
 class DeviceTables:
@@ -64,13 +64,13 @@ class DeviceTables:
         for chunk in chunks:
             seq = chunk.sequence
             known, block_ids = self._known.get(seq), seq.block_ids
-            if known is not None and known.block_ids is block_ids and known.count == len(block_ids):
+            if known is not None and known.block_ids is block_ids and known.num_pages == len(block_ids):
                 continue  # the usual case: the sequence has no new page
             if not seq.state_id:
                 continue  # a dummy sequence, whose pages are all page 0
             same = known is not None and known.block_ids is block_ids
             row = known.row if known is not None else self._take_row(chunks)
-            start = known.count if same and known is not None else 0
+            start = known.num_pages if same and known is not None else 0
             new = np.asarray(block_ids[start:], dtype=np.int32)
             cleared = max(0, self._filled[row] - len(block_ids))
             places.append(np.arange(len(new) + cleared) + (row * width + start))

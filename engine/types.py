@@ -263,9 +263,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
     of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the
     number of states that can be saved while `max_num_seqs` sequences run. `step_size` gives the reason for
-    `max_num_batched_tokens` if the time of a step decided it. `labels` are the names of a classifier's labels, and
-    empty for a language model. `tensor_parallel_size` ranks run the model; the sizes in bytes are those of one rank,
-    the first. `tensor_parallel_exact` says whether sums have the order that does not depend on the number of ranks.
+    `max_num_batched_tokens` if the time of a step decided it. `threads` says how many threads the CPU kernels use and
+    why; it is empty on a GPU. `labels` are the names of a classifier's labels, and empty for a language model.
+    `tensor_parallel_size` ranks run the model; the sizes in bytes are those of one rank, the first.
+    `tensor_parallel_exact` says whether sums have the order that does not depend on the number of ranks.
     `problem_type` is that of transformers' classifiers, or "". With a disk tier,
     `segment_page` and `segment_state` have the shape and the dtype of each tensor of a page, and of a state.
     """
@@ -295,6 +296,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_dependent_ops: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     step_size: str = ""
+    threads: str = ""
     hidden_size: int = 0
     labels: tuple[str, ...] = ()
     problem_type: str = ""

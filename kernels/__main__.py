@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from jamba_server.kernels.cpu.a8 import machine_units
-from jamba_server.kernels.cpu.library import LEVELS, library
+from jamba_server.kernels.cpu.library import ARM_LEVELS, compiled_levels, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.table import describe
 
 # Maps the name under which a CPU feature is printed to the name that the feature has in Linux's file /proc/cpuinfo.
 CPU_FLAGS = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
+ARM_FLAGS = {"neon": "asimd", "dot": "asimddp", "bf16": "bf16", "i8mm": "i8mm"}
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -36,7 +37,7 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_flags": _cpu_flags(),
         "cpu_level": _cpu_level(),
-        "cpu_levels": list(LEVELS),
+        "cpu_levels": list(compiled_levels(platform.machine())),
         "cpu_units": _cpu_units(),
         "cpu_amx": _cpu_amx(),
         "threads": torch.get_num_threads(),
@@ -49,7 +50,8 @@ def _cpu_flags() -> dict[str, bool] | None:
     if not CPU_INFO.exists():
         return None
     words = set(CPU_INFO.read_text().split())
-    return {flag: name in words for flag, name in CPU_FLAGS.items()}
+    flags = ARM_FLAGS if compiled_levels(platform.machine()) == ARM_LEVELS else CPU_FLAGS
+    return {flag: name in words for flag, name in flags.items()}
 
 
 def _cpu_level() -> str | None:

@@ -26,6 +26,7 @@ from jamba_server.engine.config import (
     EngineConfig,
     KvCacheDtype,
     LoadFormat,
+    Numa,
     Quantization,
     StateCacheDtype,
 )
@@ -165,8 +166,7 @@ class ServerConfig:
         Count, Help("server", "Seconds after which a connection without a request is closed", "SECONDS")
     ] = 75  # nginx reuses a connection within 60 s, so this server closes idle connections later than that
     allowed_origins: Annotated[
-        tuple[str, ...],
-        Help("server", "Origin of web pages that may call the server, or *; may be repeated", "ORIGIN"),
+        tuple[str, ...], Help("server", "Origin of web pages that may call the server, or *; may be repeated", "ORIGIN")
     ] = ()
     root_path: Annotated[
         str, Help("server", "Path under which a proxy publishes the server, such as /jamba", "PATH")
@@ -229,8 +229,7 @@ class ServerConfig:
 
     device: Annotated[Device, Help("model", "Device that runs the model; auto is the GPU if there is one")] = "auto"
     dtype: Annotated[
-        Dtype,
-        Help("model", "Number format of weights and KV pages; auto is the model's own", aliases=DTYPE_ALIASES),
+        Dtype, Help("model", "Number format of weights and KV pages; auto is the model's own", aliases=DTYPE_ALIASES)
     ] = "auto"
     quantization: Annotated[
         Quantization | None,
@@ -269,8 +268,7 @@ class ServerConfig:
         ),
     ] = None
     max_step_ms: Annotated[
-        Count | None,
-        Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "40"),
+        Count | None, Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "40")
     ] = None
     kv_cache_dtype: Annotated[
         KvCacheDtype, Help("memory", "Number format of KV pages; auto is --dtype, fp8 needs half the memory")
@@ -329,6 +327,7 @@ class ServerConfig:
     ] = None
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
     threads: Annotated[Count | None, Help("expert", "CPU threads of each engine process", "N", "one per core")] = None
+    numa: Annotated[Numa, Help("expert", "Divide threads and weights among memory nodes; auto: if several")] = "auto"
     batch_invariant: Annotated[
         bool | None,
         Help(

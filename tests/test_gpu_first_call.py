@@ -100,7 +100,7 @@ def test_wheels_are_those_of_another_python(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has no wheel of msgspec"):
         wheels.table(tmp_path)
     (tmp_path / names["msgspec"]).write_bytes(b"")
-    assert wheels.table(tmp_path).endswith(f"      24 kB  {len(names)} wheels")
+    assert wheels.table(tmp_path).endswith(f"      {2 * (len(names) - 1)} kB  {len(names)} wheels")
     (tmp_path / "msgspec-2.0-py3-none-any.whl").write_bytes(b"")
     with pytest.raises(SystemExit, match="of which one must go: msgspec-1"):
         wheels.table(tmp_path)

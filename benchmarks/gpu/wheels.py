@@ -22,8 +22,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from packaging.utils import canonicalize_name, parse_wheel_filename
-
 # The packages to gather, with the parts of the GPU check that need them. "all" means that no part runs without the
 # package; other parts are named in `benchmarks.gpu.check`.
 MISSING: Final[Mapping[str, str]] = {
@@ -35,6 +33,7 @@ MISSING: Final[Mapping[str, str]] = {
     "pydantic-core": "parity, http",
     "annotated-types": "parity, http",
     "typing-inspection": "parity, http",
+    "typing-extensions": "parity, http",  # pydantic-core needs a newer version than many machines have
     "opentelemetry-api": "parity, http",
     "python-multipart": "http",
     "fastapi-offline": "http",
@@ -73,6 +72,8 @@ def command(folder: Path, python: str) -> list[str]:
 def table(folder: Path) -> str:
     """Returns a table of the wheels in `folder` with their sizes in kB, and their sum. Exits with a message if a wheel
     is missing, or if there are two versions of a package, which pip would refuse to install."""
+    from packaging.utils import canonicalize_name, parse_wheel_filename  # the machine with the GPU may lack it
+
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.whl")):
         found.setdefault(parse_wheel_filename(path.name)[0], []).append(path)

@@ -36,8 +36,8 @@ from jamba_server.engine.disk_tier.format import BadSegment
 logger = logging.getLogger(__name__)
 
 SCAN_SECONDS: Final = 1.0  # how often the folder is searched for segments of other servers
-# A greater number would give way more, but this thread then might hold the interpreter's lock while it waits for a
-# processor, and the engine would wait with it.
+# This is added to the niceness of the process. A greater number would give way more, but this thread then might hold
+# the interpreter's lock while it waits for a processor, and the engine would wait with it.
 NICENESS: Final = 5
 EXIT_SECONDS: Final = 5.0  # what a process waits for each thread when it ends without `Worker.close`
 
@@ -217,4 +217,5 @@ def give_way() -> None:
     """Gives the calling thread a lower priority than the threads that compute."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

@@ -41,13 +41,14 @@ from jamba_server.engine.start.activations import int8_activations
 from jamba_server.engine.start.contents import StoredModel, conversions, read_model
 from jamba_server.engine.start.fingerprint import WeightHash, fingerprint
 from jamba_server.engine.start.kernel_choice import check_kernels
-from jamba_server.engine.start.machine import available_memory, release_free_memory
+from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
 from jamba_server.engine.start.parallel import agreed, alone, choose_device, of_rank
+from jamba_server.engine.start.processors import choose_threads, find_processors
 from jamba_server.engine.start.rank_options import check_options
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
-from jamba_server.engine.start.step_size import StepSize, choose_step_size, measure_rates
+from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
 from jamba_server.engine.start.tier_sizes import with_host_tier
 from jamba_server.engine.start.tiers import check_folder, make_cache, make_worker
 from jamba_server.engine.start.weights import dummy_weights, load_weights
@@ -55,7 +56,8 @@ from jamba_server.engine.types import EngineInfo
 from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes
 from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
-from jamba_server.kernels.ops import Kernels
+from jamba_server.kernels.cpu.library import library
+from jamba_server.kernels.ops import Kernels, KernelUnavailable
 from jamba_server.kernels.table import select
 from jamba_server.kernels.torch_ops import MAX_GATHERED_BYTES
 
@@ -78,6 +80,7 @@ class Loaded:
     device: torch.device
     warnings: tuple[str, ...] = ()
     activation_quantization: ActivationQuantization = "none"
+    threads: str = ""
 
     def storage(self, num_pages: int, num_slots: int, num_compressed: int = 0) -> CacheStorage:
         return CacheStorage(
@@ -108,6 +111,7 @@ def build_engine(
     check_folder(config)
     parts = Parts.of(model_config, group.shard, policy)
     config = of_rank(config)
+    threads = start_threads(config, device)
     kernels, activations = choose_kernels(config, policy, dtype, device)
     step = choose_steps(config, model_config, policy, dtype, device, kernels)
     if step is not None:
@@ -130,8 +134,8 @@ def build_engine(
         load(model, config, on_progress)
         release_free_memory()
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-    masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or 1)
-    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations)
+    masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
+    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations, threads)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -149,6 +153,28 @@ def build_engine(
     if worker is not None:
         worker.start(core.inbox.post)
     return core
+
+
+def start_threads(config: EngineConfig, device: torch.device) -> str:
+    """Starts the threads of the CPU kernels, and says how many there are and why. Returns "" for a GPU.
+
+    The function must be called before the kernels are loaded: they use as many threads as torch is set to use at the
+    time of loading. Raises ConfigError if the option numa cannot be satisfied or the system does not start so many
+    threads.
+    """
+    if device.type != "cpu":
+        if config.numa != "auto":
+            raise ConfigError(f"numa {config.numa!r} is for CPUs; leave the option out on a GPU.")
+        return ""
+    threads = choose_threads(config.threads, config.numa, find_processors())
+    torch.set_num_threads(threads.count)
+    try:
+        unbound = library().set_nodes(threads.nodes)
+    except OSError as error:
+        raise ConfigError(f"threads {threads.count} is too many: {error}.") from error
+    except KernelUnavailable as error:  # `select` says which kernels run instead
+        return f"{threads.count}, not divided among memory nodes: {error}" if len(threads.nodes) > 1 else threads.reason
+    return threads.reason + (f"; {unbound} of them could not be bound to their node" if unbound else "")
 
 
 def planner(
@@ -173,10 +199,6 @@ def choose_kernels(
     config: EngineConfig, policy: QuantizationPolicy, dtype: torch.dtype, device: torch.device
 ) -> tuple[Kernels, ActivationQuantization]:
     """Returns the kernels, and the format to which they round activations. Raises ConfigError or KernelError."""
-    # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch
-    # is set to use at the time of loading.
-    if device.type == "cpu":
-        torch.set_num_threads(config.threads or 1)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
     if int8_bits := int8_activations(config, policy, dtype, device, kernels.names):
@@ -195,7 +217,8 @@ def choose_steps(
     """Returns the number of prompt tokens in a step if the time of a step decides it. Raises ConfigError if max_step_ms
     is given for a GPU."""
     if device.type == "cpu":
-        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype))
+        shares = format_shares(model, policy)
+        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype, shares))
     if config.max_step_ms is not None:
         raise ConfigError("max_step_ms is for CPUs; on a GPU, max_num_batched_tokens limits a step.")
     return None
@@ -338,6 +361,7 @@ def make_info(
         load_seconds=load_seconds,
         warnings=warnings,
         step_size=step_size or "",
+        threads=loaded.threads,
         hidden_size=model_config.hidden_size,
         labels=model_config.labels if model_config.is_classifier else (),
         problem_type=model_config.problem_type,

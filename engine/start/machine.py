@@ -52,17 +52,24 @@ def available_cpus(root: Path = Path("/")) -> int:
     """Returns how many CPU cores this process may use: the number of cores in its affinity mask, or the CPU quota of
     its control groups, rounded down to whole cores, if the quota is smaller."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return max(count if quota is None else min(count, int(quota)), 1)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Returns how many processors' worth of time the control groups of this process allow, or None without a limit."""
+    quotas = list[float]()
     for folder in _control_groups(root, "cpu"):
         # The file cpu.max contains the quota and the period in microseconds, for example "200000 100000".
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
-            limit = None if quota == "max" else int(quota) / int(period)
+            if quota != "max":
+                quotas.append(int(quota) / int(period))
         else:
             quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-            limit = None if quota_us is None or quota_us < 0 or not period_us else quota_us / period_us
-        if limit is not None:
-            count = min(count, int(limit))
-    return max(count, 1)
+            if quota_us is not None and quota_us >= 0 and period_us:
+                quotas.append(quota_us / period_us)
+    return min(quotas, default=None)
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:

@@ -56,9 +56,11 @@ def check_devices(config: EngineConfig) -> None:
 
 
 def of_rank(config: EngineConfig) -> EngineConfig:
-    """Returns the options with what a rank decides where they leave it open: its number of CPU threads, and that sums
-    in sections have activations of the model's dtype."""
-    threads = config.threads or max(1, available_cpus() // config.tensor_parallel_size)
+    """Returns the options with what a rank decides where they leave it open: its number of CPU threads, if it shares
+    the processors with other ranks, and that sums in sections have activations of the model's dtype."""
+    threads, size = config.threads, config.tensor_parallel_size
+    if threads is None and size > 1:
+        threads = max(1, available_cpus() // size)
     activations = "none" if shard_of(config, 0).exact else config.activation_quantization
     return msgspec.structs.replace(config, threads=threads, activation_quantization=activations)
 

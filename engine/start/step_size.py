@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ import torch
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
-from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy
+from jamba_server.engine.quantization.stored import empty
 from jamba_server.engine.start.memory_plan import DEFAULT_BATCHED_TOKENS
-from jamba_server.engine.weight_sizes import step_bytes
+from jamba_server.engine.weight_sizes import step_bytes, weight_matrices
 from jamba_server.kernels.cpu.library import library, read_bandwidth
-from jamba_server.kernels.ops import Kernels, KernelUnavailable
+from jamba_server.kernels.ops import Kernels, KernelUnavailable, QuantizedWeight
 
 DEFAULT_STEP_MS: Final = 40
 """A step of this time keeps the first token of a short request within three times its time without other load, plus one
@@ -26,12 +28,14 @@ SMALLEST, LARGEST = 32, 512
 read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens than in steps of 128,
 and a third longer in steps of 16. Steps of more tokens would hardly be faster per token."""
 MEASURING_SECONDS: Final = 0.025
-"""The time for each of the two measurements."""
+"""The time for the measurement of the products, and for that of the bandwidth."""
 _SLOWEST: Final = 2e10
 """The rate of matrix products, in operations per second, that every machine is assumed to reach. A model whose steps
 are short enough at this rate is not measured."""
 _SHARE: Final = 0.5
 """The share of the rate of matrix products that a whole step reaches. Measured shares are from 0.45 to 0.8."""
+_LEAST: Final = 0.1
+"""The least share of a model's operations for which products with the weights of a format are measured."""
 _ROWS, _INPUTS, _OUTPUTS = 64, 1024, 1024
 _BANDWIDTH_BYTES: Final = 64 << 20
 
@@ -88,26 +92,55 @@ def active_parameters(model: JambaConfig) -> float:
     return step_bytes(model, 4) / 4 - model.vocab_size * model.hidden_size
 
 
-def measure_rates(kernels: Kernels, dtype: torch.dtype) -> Rates:
-    """Measures the rates of this machine for about 50 ms, with the kernel for matrix products that was chosen."""
+def format_shares(model: JambaConfig, policy: QuantizationPolicy) -> Mapping[Format | None, float]:
+    """Returns the formats of the weights with which a prompt token is multiplied, each with its share of the
+    operations. None stands for weights in the model's dtype. Formats with a small share are left out, and the shares
+    of the others add up to 1."""
+    operations = Counter[Format | None]()
+    for name, role, rows, inputs in weight_matrices(model):
+        if role in ("head", "other"):
+            continue  # Only the last token of a prompt is multiplied by the head, and the other matrices are small.
+        quantization = policy.quantization_of(role)
+        form = policy.blocks.get(name) or (None if quantization is None else FORMATS[quantization])
+        chosen = model.num_experts_per_tok / model.num_experts if role == "experts" else 1.0
+        operations[form] += rows * inputs * chosen
+    total = operations.total()
+    large = {form: count for form, count in operations.items() if count >= _LEAST * total}
+    return {form: count / sum(large.values()) for form, count in large.items()}
+
+
+def measure_rates(kernels: Kernels, dtype: torch.dtype, shares: Mapping[Format | None, float]) -> Rates:
+    """Measures the rates of this machine for about 50 ms, with the kernel for matrix products that was chosen. `shares`
+    has the formats of the weights, as `format_shares` returns them."""
     x = torch.ones(_ROWS, _INPUTS, dtype=dtype)
-    weight = kernels.linear.pack(torch.ones(_OUTPUTS, _INPUTS, dtype=dtype))
-    seconds = _shortest(lambda: kernels.linear(x, weight))
+    seconds = 0.0
+    for form, share in shares.items():
+        weight = kernels.linear.pack(_zeros(form, dtype))
+        seconds += share * _shortest(lambda weight=weight: kernels.linear(x, weight), MEASURING_SECONDS / len(shares))
     memory = torch.zeros(_BANDWIDTH_BYTES, dtype=torch.uint8)
     try:
         native = library()
     except KernelUnavailable:
-        reading = _BANDWIDTH_BYTES / _shortest(lambda: memory.view(torch.int64).sum())
+        reading = _BANDWIDTH_BYTES / _shortest(lambda: memory.view(torch.int64).sum(), MEASURING_SECONDS)
     else:
         reading = read_bandwidth(native, memory, MEASURING_SECONDS)
     return Rates(2 * _ROWS * _INPUTS * _OUTPUTS / seconds, reading)
 
 
-def _shortest(run: Callable[[], object]) -> float:
-    """Returns the shortest time in seconds of the calls of `run` within `MEASURING_SECONDS`, and at least of three."""
+def _zeros(form: Format | None, dtype: torch.dtype) -> torch.Tensor | QuantizedWeight:
+    """Returns a weight [_OUTPUTS, _INPUTS] of zeros in a format, or in the dtype `dtype`."""
+    shape = (_OUTPUTS, _INPUTS)
+    if form is None:
+        return torch.zeros(shape, dtype=dtype)
+    weight = empty(form, shape, torch.device("cpu")).each(torch.zero_)
+    return weight._replace(values=weight.values.view(torch.float8_e4m3fn)) if form == FORMATS["fp8"] else weight
+
+
+def _shortest(run: Callable[[], object], within: float) -> float:
+    """Returns the shortest time in seconds of the calls of `run` within `within` seconds, and at least of three."""
     run()
     taken = list[float]()
-    end = time.perf_counter() + MEASURING_SECONDS
+    end = time.perf_counter() + within
     while len(taken) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()

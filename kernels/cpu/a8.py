@@ -22,7 +22,7 @@ from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.int8_activations import ALL_BITS, int8_parts
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
-UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon", "neon_dot", "neon_i8mm")
 """The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
 
 _FACTORS = {torch.float32: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # as in the C++ enum `Factor`
@@ -110,7 +110,7 @@ class Packer:
         tensors = (weight.values, weight.scales, weight.super_scales)
         parts = [_flat(part) for part in (*tensors, weight.offsets, weight.super_offsets, weight.zeros)]
         matrices, size = weight.values.numel() // (rows * inputs), self._bytes(address)
-        panels = self._memory(size * matrices)
+        panels = self._memory(size, matrices)
         for i in range(matrices):
             own = [None if part is None else part[i].contiguous() for part in parts]
             pointers = [None if part is None else part.data_ptr() for part in own]

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,17 +18,20 @@ from jamba_server.kernels.ops import KernelUnavailable
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-"""The instruction sets for which the library has code, in ascending order.
+X86_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ARM_LEVELS = ("neon", "neon_dot", "neon_bf16")
+LEVELS = (*X86_LEVELS, *ARM_LEVELS)
+"""The instruction sets for which there is code, in ascending order: those of x86-64 and those of ARM.
 
-The index of an instruction set is its number in the library's functions. A machine that has one of
-the instruction sets can also run the code for all earlier instruction sets.
+The index of an instruction set is its number in the library's functions. A machine that has one of the instruction
+sets can also run the code for all earlier ones of the same processors. `portable` is for all processors but ARM's.
 """
 
-EMULATED = "amx-emulated"
-"""The level at which matrix products of bfloat16 compute in other instructions what `amx` computes. It is for tests."""
+EMULATED, NEON_EMULATED = "amx-emulated", "neon_bf16-emulated"
+"""The levels at which matrix products of bfloat16 compute in other instructions what `amx` and `neon_bf16` compute.
+They are for tests."""
 
-ALL_LEVELS = (*LEVELS, EMULATED)
+ALL_LEVELS = (*LEVELS, EMULATED, NEON_EMULATED)
 _NUMBERS = {level: number for number, level in enumerate(ALL_LEVELS)}
 _AMX = (
     "this processor has no AMX",
@@ -36,6 +39,18 @@ _AMX = (
     "the processor has AMX, but the operating system does not let this process use it",
     "the processor may have AMX, but the compiler that built the library did not know it",
 )
+
+
+MOST_THREADS = 1024
+"""The largest number of threads. More are not started."""
+
+
+def compiled_levels(machine: str) -> tuple[str, ...]:
+    """Returns the levels that a library for the processors `machine` has, in ascending order. `machine` is what
+    `platform.machine` returns."""
+    if machine in ("aarch64", "arm64"):
+        return ARM_LEVELS
+    return X86_LEVELS if machine in ("x86_64", "AMD64") else X86_LEVELS[:1]
 
 
 class _Dtypes(dict[torch.dtype, int]):
@@ -59,6 +74,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.nodes = 1  # the number of memory nodes
         self._library = ctypes.CDLL(str(path))
         self._functions: list[Any] = []
         self._recorder = threading.Lock()
@@ -113,7 +129,7 @@ class Library:
     def set_level(self, level: str) -> None:
         """Makes the library use the instruction set `level`, for tests. Raises ValueError if the CPU lacks `level`.
 
-        With the level "amx-emulated", kernels that are not matrix products use the machine's highest instruction set.
+        With an emulated level, kernels that are not matrix products use the machine's highest instruction set.
         """
         wanted = self.number(level)
         self.function("set_level", INT, result=INT)(wanted)
@@ -122,17 +138,72 @@ class Library:
         """Returns the number of an instruction set. Raises ValueError if it is unknown or if the CPU lacks it."""
         if level not in _NUMBERS:
             raise ValueError(f"there is no level {level!r}; there are {', '.join(_NUMBERS)}")
-        if level != EMULATED and _NUMBERS[level] > self.function("highest_level", result=INT)():
+        if not self.function("has_level", INT, result=INT)(_NUMBERS[level]):
             raise ValueError(f"this machine has no {level}")
         return _NUMBERS[level]
+
+    def levels(self) -> tuple[str, ...]:
+        """Returns the instruction sets that this machine has and for which the library has code, in ascending order."""
+        has_level = self.function("has_level", INT, result=INT)
+        return tuple(level for level in LEVELS if has_level(_NUMBERS[level]))
 
     def amx(self) -> str:
         """Returns in words whether the library can use the processor extension AMX, or why it cannot."""
         return _AMX[self.function("amx_availability", result=INT)()]
 
     def set_threads(self, threads: int) -> None:
-        """Sets the largest number of threads that a kernel uses. The calling thread is one of these threads."""
-        self.function("set_threads", INT)(threads)
+        """Sets the largest number of threads that a kernel uses. The calling thread is one of these threads.
+
+        Raises OSError if the system does not start so many threads.
+        """
+        started = self.function("set_threads", INT, result=INT)(threads)
+        if started < min(threads, MOST_THREADS):
+            raise OSError(f"the CPU kernels need {threads} threads; the system started {started - 1} beside the caller")
+
+    def set_nodes(self, nodes: Sequence[Sequence[int]]) -> int:
+        """Sets the processors of each memory node on which threads shall run. With more than one node, the threads are
+        divided among the nodes and bound to the processors of their node.
+
+        Returns the number of threads that the system did not let be bound. Raises ValueError for a node without a
+        processor, for more than 64 nodes, and for a processor with a number above 8191.
+        """
+        pairs = [(number, node) for node, numbers in enumerate(nodes) for number in numbers]
+        array = ctypes.c_int64 * len(pairs)
+        processors, node_of = array(*(number for number, _ in pairs)), array(*(node for _, node in pairs))
+        set_nodes = self.function("set_nodes", POINTER, POINTER, INT, INT, result=INT)
+        unbound: int = set_nodes(ctypes.addressof(processors), ctypes.addressof(node_of), len(pairs), len(nodes))
+        if unbound < 0:
+            raise ValueError(f"the memory nodes must have processors with numbers below 8192, not {list(nodes)}")
+        self.nodes = len(nodes)
+        return unbound
+
+    def set_together(self, together: bool) -> None:
+        """For tests: makes every thread that a kernel needs take a part of the kernel's work, however small."""
+        self.function("set_together", INT)(together)
+
+    def pieces_taken(self, threads: int) -> list[int]:
+        """Returns how many ranges of pieces of work each thread has taken since their number was set.
+
+        The first of the `threads` numbers is that of the threads that call kernels.
+        """
+        counts = (ctypes.c_int64 * threads)()
+        self.function("pieces_taken", POINTER, INT)(ctypes.addressof(counts), threads)
+        return list(counts)
+
+    def jobs_run(self) -> int:
+        """Returns how many times several threads have shared the work of a kernel, since the library was loaded."""
+        return self.function("jobs_run", result=INT)()
+
+    def meeting_seconds(self, times: int = 10_000) -> float:
+        """Measures how long a kernel takes in which every thread waits for all others.
+
+        There must not be more threads than processors, because the waiting threads do not let others run.
+        """
+        meet = self.function("meet", INT)
+        meet(times)
+        start = time.perf_counter()
+        meet(times)
+        return (time.perf_counter() - start) / times
 
 
 PREFETCH_DISTANCES = (0, 512, 1024, 2048, 4096, 8192, 16384)
@@ -179,5 +250,5 @@ def open_library(folder: Path) -> Library:
         found = Library(built[0])
     except OSError as error:
         raise KernelUnavailable(f"{built[0].name} cannot be loaded: {error}") from error
-    logger.info("kernels: %s holds code for %s; this machine runs %s", built[0].name, ", ".join(LEVELS), found.level())
+    logger.info("kernels: %s runs %s; this machine has %s", built[0].name, found.level(), ", ".join(found.levels()))
     return found

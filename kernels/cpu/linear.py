@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,7 @@ class Packer:
             raise KernelUnavailable(str(error)) from error
         self._packed_bytes = native.function("packed_bytes", INT, INT, INT, result=INT)
         self._packed_quantized_bytes = native.function("packed_quantized_bytes", POINTER, result=INT)
+        self._native, self._place = native, native.function("place_memory", POINTER, INT, INT)
         self._use_huge_pages = native.function("use_huge_pages", POINTER, INT)
         self._pack = native.function("pack_weight", POINTER, POINTER, INT, INT, INT)
         self._pack_quantized = native.function("pack_quantized", *[POINTER] * 6)
@@ -85,7 +87,7 @@ class Packer:
         rows, inputs = weight.shape[-2:]
         matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
         size = self._packed_bytes(rows, inputs, DTYPES[weight.dtype])
-        panels = self.memory(size * len(matrices))
+        panels = self.memory(size, len(matrices))
         for i, matrix in enumerate(matrices):
             whole = matrix.contiguous()
             self._pack(whole.data_ptr(), panels.data_ptr() + i * size, rows, inputs, DTYPES[weight.dtype])
@@ -101,20 +103,29 @@ class Packer:
         tensors = (weight.values, weight.scales, shifts, weight.super_scales, weight.super_offsets)
         parts = [None if t is None else t.reshape(-1, *t.shape[-2:]) for t in tensors]
         matrices = len(weight.values) if weight.values.dim() == 3 else 1
-        panels = self.memory(size * matrices)
+        panels = self.memory(size, matrices)
         for i in range(matrices):
             own = [None if part is None else part[i].contiguous() for part in parts]
             description.panels = panels.data_ptr() + i * size
             self._pack_quantized(address, *(None if tensor is None else tensor.data_ptr() for tensor in own))
         return PackedWeight.of(panels, description, None, matrices)
 
-    def memory(self, size: int) -> Tensor:
-        """Returns a uint8 tensor of `size` bytes. A tensor of at least 2 MiB is stored in huge pages of 2 MiB each."""
-        if size < _HUGE_PAGE:
-            return torch.empty(size, dtype=torch.uint8)
-        memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
-        panels = memory[-memory.data_ptr() % _HUGE_PAGE :][:size]
-        self._use_huge_pages(panels.data_ptr(), size // _HUGE_PAGE * _HUGE_PAGE)
+    def memory(self, size: int, matrices: int = 1) -> Tensor:
+        """Returns a uint8 tensor of `size` bytes for each of `matrices` packed matrices. A tensor of at least 2 MiB is
+        stored in huge pages of 2 MiB each. If the threads run on several memory nodes, each node has the part of each
+        matrix that its threads read."""
+        whole = size * matrices
+        if whole < _HUGE_PAGE:
+            return torch.empty(whole, dtype=torch.uint8)
+        if several := self._native.nodes > 1:
+            # The memory comes from the system, because pages that were in use before have a node already.
+            memory = torch.frombuffer(mmap.mmap(-1, whole + _HUGE_PAGE), dtype=torch.uint8)
+        else:
+            memory = torch.empty(whole + _HUGE_PAGE, dtype=torch.uint8)
+        panels = memory[-memory.data_ptr() % _HUGE_PAGE :][:whole]
+        self._use_huge_pages(panels.data_ptr(), whole // _HUGE_PAGE * _HUGE_PAGE)
+        if several:
+            self._place(panels.data_ptr(), size, matrices)
         return panels
 
 

@@ -202,7 +202,8 @@ def make_report(
 
     def cell(context: int, sequences: int) -> Cell:
         activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
-        total = weights + activations + (result.graph_bytes if result else 0) + sequences * spec.sequence_bytes(context)
+        fixed = result.graph_bytes + result.table_bytes if result else 0
+        total = weights + activations + fixed + sequences * spec.sequence_bytes(context)
         return Cell(context=context, sequences=sequences, bytes=total, fits=total <= available)
 
     longest = min(engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
@@ -301,6 +302,7 @@ def describe(report: Report) -> list[str]:
         f"jamba serve would use   {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
         f"activations {format_bytes(plan.activation_bytes)}, "
         + (f"CUDA graphs {format_bytes(plan.graph_bytes)}, " if plan.graph_bytes else "")
+        + (f"page tables {format_bytes(plan.table_bytes)}, " if plan.table_bytes else "")
         + f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
         f"({plan.max_num_seqs} running, {plan.num_saved} saved)",
         f"and allow               {plan.max_model_len:,} tokens per sequence, {plan.max_num_seqs} sequences, "

@@ -25,7 +25,7 @@ from jamba_server.server.cli.remote import PROBE_SECONDS, ChatError
 
 SUFFIX = ".jamba-session"
 MEDIA_TYPE = "application/octet-stream"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _T = TypeVar("_T")
 
 
@@ -115,7 +115,8 @@ def _check(action: Action, name: str | None, flags: set[str]) -> None:
 def _valid(name: str | None) -> str:
     if name is None or _NAME.fullmatch(name) is None:
         raise ConfigError(
-            f"{name!r} is no name of a session; it must have 1 to 64 letters, digits, dots, dashes or underscores."
+            f"{name!r} is no name of a session; it must have 1 to 64 letters, digits, dots, dashes or underscores, and "
+            "may not begin with a dot."
         )
     return name
 

@@ -75,6 +75,7 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"limits    {info.max_model_len:,} tokens per sequence, {info.max_num_seqs} sequences, "
         f"{info.max_num_batched_tokens} prompt tokens per step",
         *([f"steps     {info.step_size}"] if info.step_size else []),
+        *([f"threads   {info.threads}"] if info.threads else []),
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
         f"results   {describe_results(info)}",
         f"sampling  {sampling}; eos token ids {eos}",

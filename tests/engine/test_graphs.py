@@ -382,6 +382,7 @@ def test_the_input_buffer_has_room_for_every_graph(block_size: int, sends_tables
         )
     largest = sizes.mixed_key(70, 9000, 1000, 15)
     assert largest == GraphKey(70, 9000, 1024, 16)
+    assert largest is not None
     room = sizes.input_bytes(block_size, sends_tables=sends_tables)
     assert packed_bytes(inputs_of(largest, block_size, sends_tables)) <= room
 

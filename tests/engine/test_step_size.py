@@ -12,18 +12,26 @@ import torch
 from benchmarks.shapes import write_config
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.model_config import load_model_config
-from jamba_server.engine.quantization import QuantizationPolicy
-from jamba_server.engine.start.step_size import Rates, StepSize, choose_step_size, measure_rates
+from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy
+from jamba_server.engine.start.step_size import Rates, StepSize, choose_step_size, format_shares, measure_rates
+from jamba_server.engine.weight_sizes import weight_matrices
+from jamba_server.kernels.activations import with_int8_activations
+from jamba_server.kernels.int8_activations import ALL_BITS
 from jamba_server.kernels.table import select
 
 RATES = Rates(operations=0.4e12, bandwidth=30e9)
+PLAIN = select("cpu", {})
+
+
+def configuration(shape: str) -> JambaConfig:
+    with TemporaryDirectory() as folder:
+        write_config(shape, Path(folder))
+        return load_model_config(Path(folder))
 
 
 def choose(shape: str, rates: Rates = RATES, **settings: Any) -> StepSize | None:
-    with TemporaryDirectory() as folder:
-        write_config(shape, Path(folder))
-        model = load_model_config(Path(folder))
+    model = configuration(shape)
     config = EngineConfig(model="x", **settings)
     return choose_step_size(config, model, QuantizationPolicy(None), torch.bfloat16, lambda: rates)
 
@@ -53,6 +61,36 @@ def test_the_number_of_tokens_can_be_given_instead() -> None:
         choose("3b", max_num_batched_tokens=7, max_step_ms=100)
 
 
-def test_the_machine_has_rates() -> None:
-    rates = measure_rates(select("cpu", {}), torch.bfloat16)
-    assert rates.operations > 1e6 and rates.bandwidth > 1e6
+def test_the_shares_of_the_formats_are_those_of_the_operations() -> None:
+    """With int8, the matrices of the Mamba layers stay in the model's dtype. In the 3B shape, a Mamba layer has the
+    matrices in_proj [4 h, h] and out_proj [h, 2 h], attention q and o [h, h], k and v [128, h], and an MLP three
+    [f, h]."""
+    h, f, mamba, attention = 2560, 8192, 26, 2
+    plain, total = 6 * h * mamba, (6 * h * mamba) + (2 * h + 2 * 128) * attention + 3 * f * 28
+    shares = format_shares(configuration("3b"), QuantizationPolicy("int8"))
+    assert shares == pytest.approx({None: plain / total, FORMATS["int8"]: 1 - plain / total})
+    assert format_shares(configuration("3b"), QuantizationPolicy("int8", mamba=True)) == {FORMATS["int8"]: 1.0}
+
+
+def test_a_format_with_a_small_share_is_left_out() -> None:
+    model = configuration("moe")
+    most, rare = Format(bits=4, limit=7, group_size=32, scale="float16"), FORMATS["int4"]
+    blocks = {name: rare if ".k_proj" in name else most for name, _, _, _ in weight_matrices(model)}
+    assert format_shares(model, QuantizationPolicy(blocks=blocks)) == {most: 1.0}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        None,
+        *FORMATS.values(),
+        Format(bits=8, limit=127, group_size=16, scale="two_levels"),
+        Format(bits=4, limit=15, group_size=32, scale="two_levels", is_unsigned=True, has_offset=True),
+        Format(bits=4, limit=15, group_size=64, is_unsigned=True, has_zero=True),
+        Format(bits=4, limit=1, group_size=32, scale="float16", table=tuple(map(float, range(-8, 8)))),
+    ],
+)
+def test_products_with_every_format_are_measured(form: Format | None) -> None:
+    for kernels in (PLAIN, with_int8_activations(PLAIN, ALL_BITS)):
+        rates = measure_rates(kernels, torch.bfloat16, {form: 1.0})
+        assert rates.operations > 1e6 and rates.bandwidth > 1e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.cpu.library import EMULATED, NEON_EMULATED, compiled_levels
 from jamba_server.kernels.ops import Segments, StateSaves
 from jamba_server.kernels.table import Implementation, KernelUnavailable, implementations
 from jamba_server.kernels.triton import interpreted
@@ -19,6 +21,9 @@ from tests.kernels.oracle import Array
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT_DTYPES = (torch.bfloat16,) if interpreted() else (torch.float32, torch.bfloat16)  # it takes its time
+
+LEVELS = compiled_levels(platform.machine())  # the levels that the compiled library of this machine has
+ALL_LEVELS = (*LEVELS, EMULATED, NEON_EMULATED)
 
 # Half a unit in the last place of the result, for each rounding to dtype on its way; float32 sums add their own.
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

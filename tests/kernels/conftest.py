@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from jamba_server.kernels.cpu.library import ALL_LEVELS, Library, library
+from jamba_server.kernels.cpu.library import Library, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.triton import interpreted
+from tests.kernels.cases import ALL_LEVELS
 from tests.kernels.interpreter_guard import guard
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jamba_server.kernels.cpu.a8 import UNITS, Linear, RunExperts, StackedA8, units_of
-from jamba_server.kernels.cpu.library import LEVELS, Library
+from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
@@ -21,7 +21,7 @@ from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 from jamba_server.kernels.reference import a8 as reference
 from jamba_server.kernels.reference.linear import Linear as PlainReference
 from jamba_server.kernels.reference.moe import RunExperts as PlainReferenceExperts
-from tests.kernels.cases import assert_close, assert_same, double, random
+from tests.kernels.cases import LEVELS, assert_close, assert_same, double, random
 from tests.kernels.test_formats import FORMATS, weight_of
 from tests.kernels.test_quantized import EXPERTS, HIDDEN, INNER, ROW, experts_case, formula, quantized
 
@@ -214,7 +214,7 @@ def test_products_use_the_level_of_the_other_implementation(native: Library) -> 
         packed = Linear(PlainLinear(level)).pack(quantized(4, 64, format="int4", group_size=32))
         assert packed.parts[0].form.level == native.number(level)
         assert units_of(level) in UNITS
-    assert units_of("portable") == "portable"
+    assert units_of(LEVELS[0]) == LEVELS[0]
 
 
 @pytest.mark.parametrize("native", LEVELS[:1], indirect=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.cpu.library import EMULATED, LEVELS, Library, library
+from jamba_server.kernels.cpu.library import EMULATED, Library, library
 from jamba_server.kernels.cpu.linear import Linear
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.table import KernelError, select
-from tests.kernels.cases import assert_same, random
+from tests.kernels.cases import LEVELS, assert_same, random
 
 SMALLEST = 2.0**-126  # the smallest float32 that is not subnormal
 

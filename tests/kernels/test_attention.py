@@ -105,7 +105,7 @@ def test_large_scores_do_not_overflow(attention_prefill: AttentionPrefill) -> No
 @each_implementation("attention_prefill", "attention_decode")
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize(("context", "size"), [(37, 5), (300, 16)])
+@pytest.mark.parametrize(("context", "size"), [(37, 5), (300, 16), (70, 72)])
 def test_every_chunking_gives_the_same_bits(
     attention_prefill: AttentionPrefill,
     attention_decode: AttentionDecode,

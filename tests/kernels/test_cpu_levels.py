@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jamba_server.kernels.cpu.attention import AttentionDecode, AttentionPrefill
 from jamba_server.kernels.cpu.conv import CausalConv1d, CausalConv1dUpdate
-from jamba_server.kernels.cpu.library import LEVELS, Library
+from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.norm import RmsNorm
 from jamba_server.kernels.cpu.route import RouteExperts
 from jamba_server.kernels.cpu.sample import Sample
@@ -27,6 +27,7 @@ from tests.kernels import test_attention, test_conv, test_moe, test_norm, test_r
 from tests.kernels.cases import (
     DTYPES,
     EXACT_DTYPES,
+    LEVELS,
     assert_close,
     assert_same,
     double,

@@ -11,10 +11,10 @@ import torch
 
 from jamba_server.kernels import table
 from jamba_server.kernels.cpu import library as library_module
-from jamba_server.kernels.cpu.library import LEVELS, library, open_library
+from jamba_server.kernels.cpu.library import ARM_LEVELS, X86_LEVELS, compiled_levels, library, open_library
 from jamba_server.kernels.cpu.linear import Linear
 from jamba_server.kernels.ops import KernelUnavailable
-from tests.kernels.cases import assert_same, random
+from tests.kernels.cases import LEVELS, assert_same, random
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,14 @@ def test_a_level_that_the_machine_lacks_is_refused() -> None:
         with pytest.raises(ValueError, match=level):
             native.set_level(level)
     assert native.level() == machine
+
+
+def test_each_kind_of_processor_has_levels_of_its_own() -> None:
+    assert compiled_levels("x86_64") == X86_LEVELS
+    assert compiled_levels("aarch64") == compiled_levels("arm64") == ARM_LEVELS
+    assert compiled_levels("riscv64") == ("portable",)
+    native = library()
+    assert native.levels() == LEVELS[: LEVELS.index(native.level()) + 1]
 
 
 def test_callers_on_several_threads_do_not_disturb_one_another() -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.cpu.library import ALL_LEVELS, Library
+from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.linear import Linear
 from jamba_server.kernels.cpu.moe import RunExperts, SiluAndMul
 from tests.kernels import oracle
-from tests.kernels.cases import DTYPES, assert_close, assert_same, double, random
+from tests.kernels.cases import ALL_LEVELS, DTYPES, assert_close, assert_same, double, random
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 24, 31, 64, 200)
 SHAPES = [(1, 1), (5, 33), (35, 19), (64, 160), (300, 77)]

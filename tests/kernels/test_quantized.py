@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.cpu.library import ALL_LEVELS, Library
+from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.linear import Linear as CpuLinear
 from jamba_server.kernels.cpu.moe import RunExperts as CpuRunExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
 from jamba_server.kernels.ops import Linear, QuantizedWeight, RunExperts
 from tests.kernels import oracle
-from tests.kernels.cases import DTYPES, assert_close, assert_same, double, each_implementation, random
+from tests.kernels.cases import ALL_LEVELS, DTYPES, assert_close, assert_same, double, each_implementation, random
 from tests.kernels.oracle import Array
 
 HIGHEST = {"int8": 127, "int4": 7, "fp8": 448}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import AsyncGenerator, Callable
@@ -18,6 +19,7 @@ from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 from jamba_server.server.http.schemas.sessions import SESSION_FILE
+from jamba_server.server.http.session_files.disk import found_segments
 from tests.server.conftest import MakeBench
 from tests.server.real_engine import served_engine
 
@@ -252,6 +254,12 @@ async def test_a_conversation_that_does_not_fit_is_exported_without_segments(tmp
         assert "x-warning" not in wanted.headers
 
 
+async def found(engine: EngineClient, number: int) -> None:
+    """Returns when the engine has found `number` segments, for which it looks once a second."""
+    while found_segments(engine) < number:
+        await asyncio.sleep(0.01)
+
+
 def full_disk(*_: object) -> None:
     raise OSError("No space left on device")
 
@@ -263,7 +271,8 @@ async def test_the_next_server_computes_nothing_again(tmp_path: Path, monkeypatc
         file = await export(http)
         expected = await respond(http, "And then?", **GREEDY)
         assert expected["jamba_cache"]["tier"] == "device"
-    assert header_of(file)["segments"], "the disk tier has the conversation"
+    num_segments = len(header_of(file)["segments"])
+    assert num_segments, "the disk tier has the conversation"
     async with served(tmp_path / "other") as (http, engine):
         hurt = bytearray(file)
         hurt[-5] ^= 1
@@ -271,6 +280,7 @@ async def test_the_next_server_computes_nothing_again(tmp_path: Path, monkeypatc
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_session_file")
         assert "cannot be used" in reply.json()["error"]["message"]
         assert (await http.get("/v1/sessions")).json()["data"] == []
+        await found(engine, num_segments - 1)  # those before the damaged one are kept
         foreign = await send(http, with_header(file, lambda h: h.update(fingerprint="0" * 64)), "?id=foreign")
         assert foreign.json()["segments_left_out"] == "other_model"
         with monkeypatch.context() as patch:
@@ -280,7 +290,8 @@ async def test_the_next_server_computes_nothing_again(tmp_path: Path, monkeypatc
         large = with_header(file, lambda h: h["segments"].__setitem__(0, 1 << 40))
         assert "has at most" in (await send(http, large, "?id=large")).json()["error"]["message"]
         moved = (await send(http, file)).json()
-        assert (moved["segments_left_out"], moved["num_segments"]) == (None, len(header_of(file)["segments"]))
+        assert (moved["segments_left_out"], moved["num_segments"]) == (None, num_segments)
+        await found(engine, num_segments)
         reply = await respond(http, "And then?", **GREEDY)
         assert reply["output"][0]["content"] == expected["output"][0]["content"]
         cache = reply["jamba_cache"]

@@ -98,6 +98,7 @@ async def test_what_cannot_be_done(make_bench: MakeBench, tmp_path: Path) -> Non
         (("rm", "talk", "--id", "x"), "has no flag --id"),
         (("export", "a/b"), "'a/b' is no name of a session; it must have 1 to 64 letters"),
         (("import", "file", "--id", "a b"), "'a b' is no name of a session"),
+        (("rm", ".."), "may not begin with a dot"),
         (("list", "--url", "my-model"), "--url is 'my-model'; it must be the URL of a server"),
     ],
 )

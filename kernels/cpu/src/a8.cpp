@@ -37,17 +37,42 @@ using namespace avx2;
 }  // namespace a8_avx2
 END_TARGET
 #undef LEVEL_AVX2
+#elif JAMBA_ARM
+#define LEVEL_NEON
+namespace a8_neon {
+using namespace neon;
+#include "a8_kernels.inl"
+}  // namespace a8_neon
+#define A8_SDOT
+BEGIN_TARGET_NEON_DOT
+namespace a8_neon_dot {
+using namespace neon;
+#include "a8_kernels.inl"
+}  // namespace a8_neon_dot
+END_TARGET
+#define A8_ROW_PAIRS
+BEGIN_TARGET_NEON_BF16
+namespace a8_neon_i8mm {
+using namespace neon;
+#include "a8_kernels.inl"
+}  // namespace a8_neon_i8mm
+END_TARGET
+#undef A8_ROW_PAIRS
+#undef A8_SDOT
+#undef LEVEL_NEON
 #endif
+#if !JAMBA_ARM
 namespace a8_portable {
 using namespace portable;
 #include "a8_kernels.inl"
 }  // namespace a8_portable
+#endif
 
 namespace {
 
 // The instruction sets of products with 8-bit activations. There is no code for AVX-512 without VNNI (`avx512`), so that
 // the code for AVX2 runs there.
-enum class Units : int64_t { portable, avx2, avx_vnni, avx512, avx512_vnni };
+enum class Units : int64_t { portable, avx2, avx_vnni, avx512, avx512_vnni, neon, neon_dot, neon_i8mm };
 
 // Returns the instruction set for a weight with the field `level` = `wanted`. There is no code for AMX.
 Units units(int64_t wanted) {
@@ -56,9 +81,14 @@ Units units(int64_t wanted) {
     const Level chosen = wanted < 0 || Level(wanted) >= Level::amx ? level() : Level(wanted);
     if (chosen >= Level::avx512) return has_512 ? Units::avx512_vnni : Units::avx512;
     if (chosen == Level::avx2) return has_256 ? Units::avx_vnni : Units::avx2;
-#else
-    (void)wanted;
+#elif JAMBA_ARM
+    switch (wanted < 0 || is_emulated(Level(wanted)) ? level() : Level(wanted)) {
+        case Level::neon_bf16: return Units::neon_i8mm;
+        case Level::neon_dot: return Units::neon_dot;
+        default: return Units::neon;
+    }
 #endif
+    (void)wanted;
     return Units::portable;
 }
 
@@ -71,7 +101,14 @@ Units units(int64_t wanted) {
         case Units::avx_vnni: return vnni_256::f(argument);             \
         case Units::avx512:                                             \
         case Units::avx2: return a8_avx2::f(argument);                  \
-        case Units::portable: return a8_portable::f(argument);          \
+        default: return a8_portable::f(argument);                       \
+    }
+#elif JAMBA_ARM
+#define DISPATCH_A8(f, argument, level)                                 \
+    switch (units(level)) {                                             \
+        case Units::neon_i8mm: return a8_neon_i8mm::f(argument);        \
+        case Units::neon_dot: return a8_neon_dot::f(argument);          \
+        default: return a8_neon::f(argument);                           \
     }
 #else
 #define DISPATCH_A8(f, argument, level) a8_portable::f(argument)

@@ -86,7 +86,7 @@ INLINE float quantize_block(const float* x, int32_t* out, int64_t rows, int64_t 
         int32_t first = lanes[h][0] + lanes[h][1], second = lanes[h][2] + lanes[h][3];
         if (halves == 1) first += lanes[1][0] + lanes[1][1], second += lanes[1][2] + lanes[1][3];
         out[h * rows] = Dot::PAIRED ? (-bias * first & 0xffff) | int32_t(uint32_t(-bias * second) << 16)
-                                    : -bias * (first + second);
+                                    : (Dot::LESS - bias) * (first + second);
     }
     for (int h = 0; h < 2; h++) sums[h] = lanes[h][0] + lanes[h][1] + lanes[h][2] + lanes[h][3];
     const float scale = !is_finite ? from_bits(0x7fc00000) : is_zero ? 0 : divided;
@@ -150,6 +150,9 @@ INLINE Vec read_factors(int64_t kind, const uint8_t* p, int64_t column, Vec supe
     }
 }
 
+#ifdef A8_ROW_PAIRS
+#include "a8_row_pairs.inl"
+#else
 // Computes c += scale * sum of number * q, for one half or the whole of a block.
 template <class R, int MR, int NV, int HALVES>
 INLINE void multiply_words(const uint8_t* p, const uint8_t* table, const int32_t* x, const int32_t* starts,
@@ -184,6 +187,7 @@ INLINE void multiply_words(const uint8_t* p, const uint8_t* table, const int32_t
         for (int v = 0; v < NV; v++) c[m][v] = fused(to_floats(dots[m][v].total()), scale, c[m][v]);
     }
 }
+#endif
 
 // Adds a group to the results: results += scale * (c - zero * total) + offset * total, where `totals` has the total of
 // each row. Sets c to zero.
@@ -412,14 +416,13 @@ struct A8Parts {
     void multiply(const A8Layout& l) const {
         with_reader(weights, [&](auto r) {
             using R = decltype(r);
-            parallel_for(panels, 1, [&](int64_t panel, int64_t last) {
-                const A8Part<T>* part = parts;
+            const auto panels_before = [&](int64_t i) { return i < count ? parts[i].panels_before : panels; };
+            parallel_for_parts(count, panels_before, [&](int64_t i, int64_t panel, int64_t last) {
                 for (; panel < last; panel++) {
-                    while (part + 1 < parts + count && part[1].panels_before <= panel) part++;
-                    if (l.halves == 2) a8_panel<R, 2>(*part, l, panel - part->panels_before);
-                    else a8_panel<R, 1>(*part, l, panel - part->panels_before);
+                    if (l.halves == 2) a8_panel<R, 2>(parts[i], l, panel);
+                    else a8_panel<R, 1>(parts[i], l, panel);
                 }
-            }, /*in_runs=*/true);
+            });
         });
     }
 };

@@ -7,7 +7,8 @@
 // for all inputs. STRIDED is the number of 32-bit integers that hold a word of x. If it is 2, the first integer holds
 // the inputs 0 and 2 of the word with 16 bits each, and the second holds the inputs 1 and 3. If PAIRED is true, the
 // start value is two integers of 16 bits: the first belongs to the inputs 0 and 1 of all words, the second to the
-// inputs 2 and 3.
+// inputs 2 and 3. LESS is what the instruction set subtracts from every number, to make it signed; the start value
+// subtracts so much less.
 //
 // KEEP_ORDER keeps the compiler from moving the computation of a variable. Otherwise gcc moves all multiplications ahead
 // of the additions and runs out of registers.
@@ -32,6 +33,7 @@ INLINE Vec unsigned_bytes(const uint8_t* p) {
 struct Large {
     static constexpr int STRIDED = 1;
     static constexpr bool PAIRED = false;
+    static constexpr int32_t LESS = 0;
     Whole sum;
     INLINE void start(const int32_t* x) { sum = _mm512_set1_epi32(*x); }
     INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
@@ -61,6 +63,7 @@ INLINE Vec unsigned_bytes(const uint8_t* p) {
 struct Large {
     static constexpr int STRIDED = 1;
     static constexpr bool PAIRED = false;
+    static constexpr int32_t LESS = 0;
     Whole sum;
     INLINE void start(const int32_t* x) { sum = _mm256_set1_epi32(*x); }
     INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
@@ -74,6 +77,7 @@ using Small = Large;
 struct Small {
     static constexpr int STRIDED = 1;
     static constexpr bool PAIRED = true;
+    static constexpr int32_t LESS = 0;
     __m256i pairs;  // sums of 16 bits, each over two of the four inputs of all words
     INLINE void start(const int32_t* x) { pairs = _mm256_set1_epi32(*x); }
     INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
@@ -86,6 +90,7 @@ struct Small {
 struct Large {
     static constexpr int STRIDED = 2;
     static constexpr bool PAIRED = false;
+    static constexpr int32_t LESS = 0;
     Whole sum;
     INLINE void start(const int32_t* x) { sum = _mm256_set1_epi32(*x); }
     INLINE void add(Bytes numbers, const int32_t* x, int64_t stride) {
@@ -98,6 +103,42 @@ struct Large {
     INLINE Whole total() const { return sum; }
 };
 #endif
+#elif defined(A8_SDOT)
+using Bytes = uint8x16_t;
+using Whole = int32x4_t;
+INLINE Bytes read_bytes(const uint8_t* p) { return vld1q_u8(p); }
+INLINE Bytes low_halves(Bytes x) { return vandq_u8(x, vdupq_n_u8(15)); }
+INLINE Bytes high_halves(Bytes x) { return vshrq_n_u8(x, 4); }
+INLINE Bytes look_up(const uint8_t* table, Bytes i) { return vqtbl1q_u8(vld1q_u8(table), i); }
+INLINE Vec to_floats(Whole x) { return vcvtq_f32_s32(x); }
+INLINE Vec unsigned_bytes(const uint8_t* p) {
+    uint32_t four;
+    std::memcpy(&four, p, sizeof(four));
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
+}
+INLINE Vec signed_bytes(const uint8_t* p) {
+    uint32_t four;
+    std::memcpy(&four, p, sizeof(four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))));
+}
+// The instructions SDOT and SMMLA multiply signed bytes by signed bytes.
+template <int32_t SUBTRACTED>
+struct Signed {
+    static constexpr int STRIDED = 1;
+    static constexpr bool PAIRED = false;
+    static constexpr int32_t LESS = SUBTRACTED;
+    Whole sum;
+    static INLINE int8x16_t numbers(Bytes x) {
+        return vreinterpretq_s8_u8(SUBTRACTED ? veorq_u8(x, vdupq_n_u8(0x80)) : x);
+    }
+    INLINE void start(const int32_t* x) { sum = vdupq_n_s32(*x); }
+    INLINE void add(Bytes word, const int32_t* x, int64_t) {
+        sum = vdotq_s32(sum, numbers(word), vreinterpretq_s8_s32(vdupq_n_s32(*x)));
+    }
+    INLINE Whole total() const { return sum; }
+};
+using Large = Signed<128>;
+using Small = Signed<0>;
 #else
 typedef int32_t Whole __attribute__((vector_size(4 * WIDTH)));
 using Bytes = Whole;  // a lane has the four bytes of a column
@@ -128,6 +169,7 @@ INLINE Vec unsigned_bytes(const uint8_t* p) {
 struct Large {
     static constexpr int STRIDED = 1;
     static constexpr bool PAIRED = false;
+    static constexpr int32_t LESS = 0;
     Whole sum;
     INLINE void start(const int32_t* x) { sum = *x - Whole{}; }
     INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
@@ -140,7 +182,7 @@ using Small = Large;
 
 // Returns a * b + c, rounded once, for the instruction set `portable` too.
 INLINE Vec fused(Vec a, Vec b, Vec c) {
-#if defined(A8_DOT_512) || defined(LEVEL_AVX2)
+#if defined(A8_DOT_512) || defined(LEVEL_AVX2) || defined(LEVEL_NEON)
     return fma(a, b, c);
 #else
     for (int i = 0; i < WIDTH; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);

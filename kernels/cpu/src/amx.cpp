@@ -27,6 +27,7 @@ BEGIN_TARGET_AMX
 namespace amx {
 using namespace avx512;
 #define LEVEL_AMX
+#define LEVEL_AVX512
 #define DOT_PRODUCTS
 #include "formats.inl"
 #include "factors.inl"
@@ -35,6 +36,7 @@ using namespace avx512;
 #include "amx_tiles.inl"
 #include "amx.inl"
 #undef DOT_PRODUCTS
+#undef LEVEL_AVX512
 #undef LEVEL_AMX
 inline void release() { _tile_release(); }
 }  // namespace amx

@@ -120,7 +120,7 @@ inline void multiply_plain(TileSet& set, const Part& part, int64_t panel, int64_
 template <class W>
 INLINE void convert_pair(const Reader<W>& reader, const char* step, int pair, char* out) {
     for (int64_t strip = 0; strip < STRIPS; strip++, out += STRIP * 4, step += STRIP * Reader<W>::COLUMN_BYTES) {
-        for (int v = 0; v < 2; v++) {
+        for (int v = 0; v < VECTORS; v++) {
 #ifdef DOT_PRODUCTS
             _mm512_storeu_si512(out + 64 * v, (__m512i)reader.vector(step, v, pair));
 #else
@@ -315,18 +315,13 @@ struct Work {
     }
 
     void run() const {
-        parallel_for(pieces, 1, [&](int64_t piece, int64_t end) {
-            const Part* part = parts;
-            while (piece < end) {
-                while (part + 1 < parts + count && part[1].pieces_before <= piece) part++;
-                const int64_t panels = ceil_div(part->product.n, PANEL), first = piece - part->pieces_before;
-                const int64_t number = ceil_div(panels, part->grain), left = end - part->pieces_before;
-                const int64_t last = left < number ? left : number;
-                const int64_t panel_end = last * part->grain < panels ? last * part->grain : panels;
-                multiply_panels(*part, first * part->grain, panel_end);
-                piece += last - first;
-            }
-        }, /*in_runs=*/true);
+        const auto pieces_before = [&](int64_t i) { return i < count ? parts[i].pieces_before : pieces; };
+        parallel_for_parts(count, pieces_before, [&](int64_t i, int64_t first, int64_t last) {
+            const Part& part = parts[i];
+            const int64_t panels = ceil_div(part.product.n, PANEL);
+            const int64_t panel_end = last * part.grain < panels ? last * part.grain : panels;
+            multiply_panels(part, first * part.grain, panel_end);
+        });
     }
 };
 

@@ -42,7 +42,7 @@ struct TileSet {
 #else
 // Returns a * b + c, rounded once. The function `fma` of the namespace `portable` rounds twice.
 INLINE Vec fused(Vec a, Vec b, Vec c) {
-#if defined(LEVEL_AVX512) || defined(LEVEL_AVX2)
+#if defined(LEVEL_AVX512) || defined(LEVEL_AVX2) || defined(LEVEL_NEON)
     return fma(a, b, c);
 #else
     for (int64_t i = 0; i < WIDTH; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);

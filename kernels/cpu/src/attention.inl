@@ -20,7 +20,8 @@ constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;
 // For a single query row, the weighted sum of the values is computed for LONE_COLUMNS vectors of WIDTH columns at a
 // time.
 constexpr int LONE_COLUMNS = 8;
-// If a tile has more than WIDENED_ROWS query rows, keys and values are converted to float32 once for the whole tile.
+// If a tile has more than WIDENED_ROWS query rows, keys and values are converted to float32 once for the whole tile. With
+// DOT_PRODUCTS, the keys stay in bf16 and are transposed.
 constexpr int64_t WIDENED_ROWS = 2 * ROWS;
 // The running softmax of a query row consists of the maximum score, the sum of the softmax weights and the weighted sum
 // of the values, in this order. SOFTMAX is the number of floats before the weighted sum of the values.
@@ -29,19 +30,90 @@ constexpr int64_t MAXIMUM = 0;  // offset, in floats, of the maximum score in a 
 // Offset, in floats, of the sum of the softmax weights. The sum is stored as one partial sum per lane.
 constexpr int64_t WEIGHT_SUM = WIDTH;
 
+// Two neighbouring elements of a key, in the layout of the function `pair_keys`.
+struct Pair {
+    bf16 first, second;
+};
+
 #ifdef DOT_PRODUCTS
 using Query = bf16;
 // Each lane of a vector has two neighbouring bf16 elements of a row. In each lane, the instruction VDPBF16PS multiplies
 // the two elements of a query by the two elements of a key, and adds both products to a float32 sum.
 using Lanes = __m512bh;
+constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
 INLINE Lanes take_lanes(const bf16* p, int64_t n) {
     return (__m512bh)(n == 2 * WIDTH ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p));
 }
 INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+
+// Writes the n keys of a block to `out`: [BLOCK / WIDTH, padded / 2, WIDTH]. A vector has the same two elements of WIDTH
+// keys, one key in each lane. The entries after the last key repeat it.
+INLINE void pair_keys(const bf16* const* keys, const Tile<Query>& tile, int64_t n, float* out) {
+    for (int64_t j = 0; j < n; j += WIDTH) {
+        for (int64_t z = 0; z < tile.size; z += LANES, out += WIDTH * WIDTH) {
+            alignas(64) float rows[WIDTH * WIDTH];
+            const int64_t count = tile.size - z < LANES ? tile.size - z : LANES;
+            for (int64_t i = 0; i < WIDTH; i++) {
+                _mm512_store_si512(rows + i * WIDTH, (__m512i)take_lanes(keys[j + i < n ? j + i : n - 1] + z, count));
+            }
+            transpose16(rows, out);
+        }
+    }
+}
+
+// Returns in `total` what lane i of the sums of the function `score` is for R query rows and WIDTH keys, which
+// `pair_keys` has written.
+template <int R, bool AHEAD>
+INLINE void lane_of_sums(const Tile<Query>& tile, const Query* q, const float* keys, Ahead* ahead, int64_t i,
+                         Vec* total) {
+    if (AHEAD) ahead->call(tile.padded);
+    for (int r = 0; r < R; r++) total[r] = set(0);
+    for (int64_t z = i; z < tile.padded / 2; z += WIDTH) {
+        const Lanes key = (Lanes)_mm512_loadu_si512(keys + z * WIDTH);
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, q + r * tile.padded + 2 * z, sizeof(pair));
+            total[r] = multiply((Lanes)_mm512_set1_epi32(pair), key, total[r]);
+        }
+    }
+}
+
+// Returns in `total` the sums of the lanes i to i + 3, in the order in which the function `sums16` adds them.
+template <int R, bool AHEAD>
+INLINE void part_of_sums(const Tile<Query>& tile, const Query* q, const float* keys, Ahead* ahead, int64_t i,
+                         Vec* total) {
+    Vec other[R], odd[R];
+    lane_of_sums<R, AHEAD>(tile, q, keys, ahead, i, total);
+    lane_of_sums<R, AHEAD>(tile, q, keys, ahead, i + 2, other);
+    for (int r = 0; r < R; r++) total[r] = total[r] + other[r];
+    lane_of_sums<R, AHEAD>(tile, q, keys, ahead, i + 1, odd);
+    lane_of_sums<R, AHEAD>(tile, q, keys, ahead, i + 3, other);
+    for (int r = 0; r < R; r++) total[r] = total[r] + (odd[r] + other[r]);
+}
+
+// Computes for R query rows the scores of the first n keys of a block, which `pair_keys` has written. The scores have
+// the same bits as those of the function `score`. Here nothing has to move from one lane to another.
+template <int R, bool AHEAD, class V>
+INLINE void score_pairs(const Tile<Query>& tile, const Query* q, const KeyBlock<Pair, V>& block, int64_t n,
+                        float* scores) {
+    const float* keys = (const float*)block.keys[0];
+    for (int64_t j = 0; j < n; j += WIDTH, keys += tile.padded / 2 * WIDTH) {
+        Vec total[R], other[R], upper[R];
+        part_of_sums<R, AHEAD>(tile, q, keys, block.ahead, 0, total);
+        part_of_sums<R, AHEAD>(tile, q, keys, block.ahead, 4, other);
+        for (int r = 0; r < R; r++) total[r] = total[r] + other[r];
+        part_of_sums<R, AHEAD>(tile, q, keys, block.ahead, 8, upper);
+        part_of_sums<R, AHEAD>(tile, q, keys, block.ahead, 12, other);
+        for (int r = 0; r < R; r++) {
+            store(scores + r * BLOCK + j, (total[r] + (upper[r] + other[r])) * set(tile.scale));
+        }
+    }
+}
 #else
 using Query = float;
 using Lanes = Vec;
+constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
 template <class K>
 INLINE Lanes take_lanes(const K* p, int64_t n) {
@@ -49,8 +121,6 @@ INLINE Lanes take_lanes(const K* p, int64_t n) {
 }
 INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 #endif
-constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
-
 // Computes scores: [R, BLOCK], the dot products of R query rows with the first n keys of a block. Each query row has
 // zeros after its `size` elements. The address block.keys[j] must be valid for every j below n rounded up to a multiple
 // of SUMS. If AHEAD is true, the next block of keys and values is prefetched, at the speed at which the current block
@@ -136,7 +206,12 @@ INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<
     const int64_t stride = SOFTMAX + tile.padded, size = tile.size;
     alignas(64) float scores[R * BLOCK];
     float rescale[R];
+#ifdef DOT_PRODUCTS
+    if constexpr (std::is_same_v<K, Pair>) score_pairs<R, AHEAD>(tile, q, block, n, scores);
+    else score<R, AHEAD>(tile, q, block, n, scores);
+#else
     score<R, AHEAD>(tile, q, block, n, scores);
+#endif
     for (int r = 0; r < R; r++) rescale[r] = update_softmax(scores + r * BLOCK, n, softmax + r * stride);
     int64_t z = 0;
     float* const values = softmax + SOFTMAX;
@@ -203,15 +278,16 @@ INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, floa
 
 // Updates the running softmaxes of a tile's query rows with one block of keys and values of one KV head. If the tile
 // has more than WIDENED_ROWS query rows, the values are first converted to float32 in the thread's scratch memory, once
-// for all query rows. Without DOT_PRODUCTS, the keys are converted in the same way.
+// for all query rows. Without DOT_PRODUCTS, the keys are converted in the same way; with it, they are transposed.
 template <class T>
 void convert_and_attend(const Tile<Query>& tile, const Query* q, const KeyBlock<T, T>& block, int64_t start, int64_t n,
                         float* softmax) {
     if (tile.rows <= WIDENED_ROWS) return attend_block(tile, q, block, start, n, softmax);
     float* const memory = (float*)scratch(3, 2 * BLOCK * tile.padded * sizeof(float));
 #ifdef DOT_PRODUCTS
-    KeyBlock<T, float> wide;
-    std::memcpy(wide.keys, block.keys, sizeof(wide.keys));
+    KeyBlock<Pair, float> wide;
+    pair_keys(block.keys, tile, n, memory);
+    wide.keys[0] = (const Pair*)memory;
 #else
     KeyBlock<float, float> wide;
     widen(block.keys, tile, n, memory, wide.keys);

@@ -10,6 +10,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define JAMBA_X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define JAMBA_ARM 1
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -29,6 +32,8 @@
 #define BEGIN_TARGET_AVX512_BF16 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define BEGIN_TARGET_AMX \
     JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#define BEGIN_TARGET_NEON_DOT JAMBA_TARGET("dotprod")
+#define BEGIN_TARGET_NEON_BF16 JAMBA_TARGET("dotprod,bf16,i8mm")
 #else
 #define END_TARGET _Pragma("GCC pop_options")
 #define BEGIN_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
@@ -39,6 +44,8 @@
 #define BEGIN_TARGET_AMX                \
     _Pragma("GCC push_options")         \
     _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16\")")
+#define BEGIN_TARGET_NEON_DOT _Pragma("GCC push_options") _Pragma("GCC target(\"arch=armv8.2-a+dotprod\")")
+#define BEGIN_TARGET_NEON_BF16 _Pragma("GCC push_options") _Pragma("GCC target(\"arch=armv8.2-a+dotprod+bf16+i8mm\")")
 #endif
 // Compilers before GCC 11 and Clang 12 have no functions for AMX, and only Linux lets a process use AMX in the way that
 // `amx.cpp` knows.
@@ -46,11 +53,29 @@
 #define JAMBA_AMX 1
 #endif
 
-// The instruction sets for which kernels are compiled. Each instruction set includes all instruction sets before it in
-// this list. The last value is no instruction set: with `amx_emulated`, matrix products of bf16 compute in other
-// instructions what `amx` computes, for tests.
-enum class Level : int64_t { portable, avx2, avx512, avx512_bf16, amx, amx_emulated };
-// Returns the instruction set of all kernels but the matrix products. It is never `amx_emulated`.
+// The instruction sets for which kernels are compiled: `avx2` to `amx` for x86-64, and `neon` to `neon_bf16` for ARM of
+// 64 bits. An instruction set includes those before it that belong to the same processors. Other processors than those of
+// ARM also have `portable`.
+//
+// `neon` is in every such processor of ARM. `neon_dot` also has the dot product of bytes (SDOT), and `neon_bf16` has the
+// matrix products of bf16 (BFMMLA) and of bytes (SMMLA).
+//
+// The last values are no instruction sets. With `amx_emulated`, matrix products of bf16 compute in other instructions
+// what `amx` computes, and with `neon_bf16_emulated` what `neon_bf16` computes, for tests.
+enum class Level : int64_t {
+    portable,
+    avx2,
+    avx512,
+    avx512_bf16,
+    amx,
+    neon,
+    neon_dot,
+    neon_bf16,
+    amx_emulated,
+    neon_bf16_emulated
+};
+INLINE bool is_emulated(Level level) { return level >= Level::amx_emulated; }
+// Returns the instruction set of all kernels but the matrix products. It is never an emulated one.
 Level level();
 // Returns the instruction set of the matrix products whose weights name none.
 Level product_level();
@@ -66,15 +91,31 @@ int64_t prefetch_distance();
 // calling thread and on idle workers. Any of these threads can run any piece, so the result of a piece must not depend
 // on the thread. If `in_runs` is true, a thread takes many neighbouring pieces at once while many pieces are left, so
 // that each thread reads memory in order. But then the work is divided evenly only if all pieces take the same time.
+// `first_of_node`: [num_nodes() + 1], the first item that the threads of each memory node take first, or null if the
+// items are divided among the nodes in proportion to their threads.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
-void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context);
+void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context,
+                       const int64_t* first_of_node);
 int64_t num_threads();
 
+// Returns the number of memory nodes on which the threads run.
+int64_t num_nodes();
+constexpr int64_t MOST_NODES = 64;
+// Returns the first of `count` items in the share of a memory node. The shares are in proportion to the nodes' threads,
+// and node_share(count, num_nodes()) is `count`.
+int64_t node_share(int64_t count, int64_t node);
+
+// Returns how many bytes of weights a piece of a product has at least. A core reads them in about the time in which it
+// joins a job, so a small product runs on fewer threads than there are.
+int64_t least_piece_bytes();
+
 template <class F>
-inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = false) {
+inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = false,
+                         const int64_t* first_of_node = nullptr) {
     parallel_for_body(
         n, grain, in_runs,
-        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
+        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f,
+        first_of_node);
 }
 
 // Returns at least `bytes` bytes of scratch memory of the calling thread, aligned to 64 bytes. The thread keeps one

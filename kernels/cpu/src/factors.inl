@@ -38,12 +38,12 @@ inline void read_shifts(const Weights& w, const char* numbers, const char* super
 // not `none`, what the offsets or the zeros add is computed too. scales[s] and shifts[s] have the factors of strip s: a
 // shift is an offset or the negative of a zero. x has the sum of each of the MR rows of x over the group.
 template <Shift SHIFT, int MR, int NS>
-INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[NS], const float (&shifts)[NS][STRIP],
-                       const float* x, Vec (&totals)[MR][2 * NS]) {
+INLINE void add_scaled(const Vec (&c)[MR][VECTORS * NS], const float* const (&scales)[NS], const float (&shifts)[NS][STRIP],
+                       const float* x, Vec (&totals)[MR][VECTORS * NS]) {
 #pragma GCC unroll 16
-    for (int v = 0; v < 2 * NS; v++) {
-        const Vec scale = load(scales[v / 2] + v % 2 * WIDTH);
-        const Vec shift = SHIFT == Shift::none ? scale : load(shifts[v / 2] + v % 2 * WIDTH);
+    for (int v = 0; v < VECTORS * NS; v++) {
+        const Vec scale = load(scales[v / VECTORS] + v % VECTORS * WIDTH);
+        const Vec shift = SHIFT == Shift::none ? scale : load(shifts[v / VECTORS] + v % VECTORS * WIDTH);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; m++) {
             const Vec sum = SHIFT == Shift::zero ? fma(shift, set(x[m]), c[m][v]) : c[m][v];
@@ -54,8 +54,9 @@ INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[
 }
 
 // With AVX2, the factors of a group need so many registers that the compiler would keep accumulators of the loop before
-// in memory, which halves the speed of that loop. The function `add_group` is therefore a function of its own there.
-#if defined(LEVEL_AVX2)
+// in memory, which halves the speed of that loop. The function `add_group` is therefore a function of its own there, and
+// with NEON, whose tiles fill the registers too.
+#if defined(LEVEL_AVX2) || defined(LEVEL_NEON)
 #define INLINE_IF_REGISTERS __attribute__((noinline))
 #else
 #define INLINE_IF_REGISTERS INLINE
@@ -63,8 +64,8 @@ INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[
 
 // Adds what one group contributes to the sums of a tile. `c`, `x` and `totals` are those of the function `add_scaled`.
 template <int MR, int NS>
-INLINE_IF_REGISTERS void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupPlace& place, const float* x,
-                      Vec (&totals)[MR][2 * NS]) {
+INLINE_IF_REGISTERS void add_group(const Vec (&c)[MR][VECTORS * NS], const Weights& w, const GroupPlace& place, const float* x,
+                      Vec (&totals)[MR][VECTORS * NS]) {
     alignas(64) float factors[NS][STRIP], shifts[NS][STRIP];
     const float* scales[NS];
     for (int s = 0; s < NS; s++) {

@@ -20,9 +20,17 @@ namespace avx2 {
 }
 END_TARGET
 #endif
+#if JAMBA_ARM  // Every such processor has NEON, so that no portable kernels are compiled.
+namespace neon {
+#define LEVEL_NEON
+#include KERNEL_FILE
+#undef LEVEL_NEON
+}
+#else
 namespace portable {
 #include KERNEL_FILE
 }
+#endif
 
 #ifndef DISPATCH
 #if JAMBA_X86
@@ -30,6 +38,8 @@ namespace portable {
     (level() >= Level::avx512 ? avx512::f(__VA_ARGS__)            \
      : level() == Level::avx2 ? avx2::f(__VA_ARGS__)              \
                               : portable::f(__VA_ARGS__))
+#elif JAMBA_ARM
+#define DISPATCH(f, ...) neon::f(__VA_ARGS__)
 #else
 #define DISPATCH(f, ...) portable::f(__VA_ARGS__)
 #endif

@@ -2,7 +2,8 @@
 // multiplied: bf16 with DOT_PRODUCTS, otherwise float32. The conversion is exact, because bf16 can represent every
 // integer of 8 bits and every e4m3 number; only a table's numbers are rounded to bf16 with DOT_PRODUCTS. To convert an
 // e4m3 number, the number's bits are moved to the places that they have in a float32, and a multiplication by 2^120
-// corrects the exponent. This also converts subnormal e4m3 numbers correctly.
+// corrects the exponent. This also converts subnormal e4m3 numbers correctly. If ROW_PAIRS is defined besides
+// DOT_PRODUCTS, `Reader<W>` reads as without DOT_PRODUCTS, and `row_pairs.inl` makes pairs of bf16 of what it reads.
 //
 // A pair is two neighbouring elements along K. The struct `Reader<W>` reads weights of format W in steps. A step has
 // PAIRS pairs of each column of a panel and takes BYTES bytes. Neighbouring columns are COLUMN_BYTES bytes apart. With
@@ -11,18 +12,29 @@
 // first (half = 0) or the second (half = 1) element of this pair for each column. If SCALED is true, the scales of each
 // group are stored after the last step of the group.
 
-// A panel has STRIPS strips of STRIP columns each.
-constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;
+// A panel has STRIPS strips of STRIP columns each, which are VECTORS vectors.
+#if defined(LEVEL_NEON)
+constexpr int VECTORS = 4;  // so that a strip of bf16 weights is whole cache lines
+#else
+constexpr int VECTORS = 2;
+#endif
+constexpr int64_t STRIP = VECTORS * WIDTH, STRIPS = PANEL / STRIP;
 
 // Reads WIDTH signed or unsigned bytes and returns their values as floats.
 template <bool SIGNED>
 INLINE Vec float_bytes(const char* p) {
-#if defined(LEVEL_AVX512) || defined(DOT_PRODUCTS)
+#if defined(LEVEL_AVX512)
     const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
     return _mm512_cvtepi32_ps(SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #elif defined(LEVEL_AVX2)
     const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
     return _mm256_cvtepi32_ps(SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#elif defined(LEVEL_NEON)
+    uint32_t four;
+    std::memcpy(&four, p, sizeof(four));
+    const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+    if (SIGNED) return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(bytes)))));
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
 #else
     Vec x;
     for (int i = 0; i < 4; i++) x[i] = SIGNED ? float(int8_t(p[i])) : float(uint8_t(p[i]));
@@ -30,7 +42,7 @@ INLINE Vec float_bytes(const char* p) {
 #endif
 }
 
-#ifdef DOT_PRODUCTS
+#if defined(DOT_PRODUCTS) && defined(LEVEL_AVX512)
 using Weight = __m512bh;  // A vector has two neighbouring elements along K, side by side, for each of its columns.
 
 template <class W>
@@ -185,7 +197,7 @@ struct FourBits {
     static INLINE Lanes words(const char* step, int vector) { return read_lanes(step + 4 * WIDTH * vector); }
 };
 
-#if defined(LEVEL_AVX512) || defined(DOT_PRODUCTS)
+#if defined(LEVEL_AVX512)
 template <>
 struct Reader<Table4> : FourBits {
     Vec table;
@@ -223,10 +235,25 @@ struct Reader<Table4> : FourBits {
         const Vec low = _mm256_permutevar8x32_ps(load(table), (__m256i)index);
         const Vec high = _mm256_permutevar8x32_ps(load(table + 8), (__m256i)index);
         return _mm256_blendv_ps(low, high, (Vec)(index << 28));
+#elif defined(LEVEL_NEON)
+        // The instruction TBL looks up single bytes: an index i stands for the bytes 4 i to 4 i + 3.
+        const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t*)table);
+        const Lanes places = (index & 15) * 0x04040404 + 0x03020100;
+        return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_s32((int32x4_t)places)));
 #else
         return Vec{table[index[0] & 15], table[index[1] & 15], table[index[2] & 15], table[index[3] & 15]};
 #endif
     }
 };
 #endif
+
+#ifdef ROW_PAIRS
+#include "row_pairs.inl"
+template <class W>
+using TileReader = PairReader<W>;
+#endif
+#endif
+#ifndef ROW_PAIRS
+template <class W>
+using TileReader = Reader<W>;
 #endif

@@ -11,38 +11,77 @@
 BEGIN_TARGET_AVX512_BF16
 namespace avx512_bf16 {
 using namespace avx512;
+#define LEVEL_AVX512
 #define DOT_PRODUCTS
 #include "products.inl"
 #undef DOT_PRODUCTS
+#undef LEVEL_AVX512
 }  // namespace avx512_bf16
 END_TARGET
+#elif JAMBA_ARM
+BEGIN_TARGET_NEON_BF16
+namespace neon_bf16 {
+using namespace neon;
+#define LEVEL_NEON
+#define DOT_PRODUCTS
+#define ROW_PAIRS
+#include "products.inl"
+#undef ROW_PAIRS
+#undef DOT_PRODUCTS
+#undef LEVEL_NEON
+}  // namespace neon_bf16
+END_TARGET
 #endif
+namespace neon_bf16_emulated {
+using namespace portable;
+#define DOT_PRODUCTS
+#define ROW_PAIRS
+#include "products.inl"
+#undef ROW_PAIRS
+#undef DOT_PRODUCTS
+}  // namespace neon_bf16_emulated
 
 // Returns the instruction set that multiplies a weight.
 static Level level_of(const Weights& weights) { return weights.level < 0 ? product_level() : Level(weights.level); }
 
+// Returns whether `amx.cpp` computes the products of bf16.
+static bool uses_tiles(Level wanted) { return wanted == Level::amx || wanted == Level::amx_emulated; }
+
+// Returns the machine's instruction set that multiplies where no emulation and no tiles are used.
+static Level machine_level(Level wanted) { return uses_tiles(wanted) || is_emulated(wanted) ? level() : wanted; }
+
 // This macro calls the version of the function f<T> that was compiled for the instruction set `wanted`. If T is bf16, f
-// also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
+// also has versions with bf16 dot products.
 #if JAMBA_X86
-#define DISPATCH_PRODUCT(wanted, f, argument)                                            \
-    do {                                                                                 \
-        const Level chosen = wanted < Level::amx ? wanted : level();                     \
-        if constexpr (std::is_same_v<T, bf16>) {                                         \
-            if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument);           \
-        }                                                                                \
-        if (chosen >= Level::avx512) return avx512::f(argument);                         \
-        if (chosen == Level::avx2) return avx2::f(argument);                             \
-        return portable::f(argument);                                                    \
-    } while (0)
+#define RETURN_FROM_DOT_LEVEL(f, argument) \
+    if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument)
+#define RETURN_FROM_LEVEL(f, argument)                               \
+    if (chosen >= Level::avx512) return avx512::f(argument);         \
+    if (chosen == Level::avx2) return avx2::f(argument);             \
+    return portable::f(argument)
+#elif JAMBA_ARM
+#define RETURN_FROM_DOT_LEVEL(f, argument) \
+    if (chosen == Level::neon_bf16) return neon_bf16::f(argument)
+#define RETURN_FROM_LEVEL(f, argument) return neon::f(argument)
 #else
-#define DISPATCH_PRODUCT(wanted, f, argument) portable::f(argument)
+#define RETURN_FROM_DOT_LEVEL(f, argument)
+#define RETURN_FROM_LEVEL(f, argument) return portable::f(argument)
 #endif
+#define DISPATCH_PRODUCT(wanted, f, argument)                                                         \
+    do {                                                                                              \
+        [[maybe_unused]] const Level chosen = machine_level(wanted);                                  \
+        if constexpr (std::is_same_v<T, bf16>) {                                                      \
+            if (wanted == Level::neon_bf16_emulated) return neon_bf16_emulated::f(argument);          \
+            RETURN_FROM_DOT_LEVEL(f, argument);                                                       \
+        }                                                                                             \
+        RETURN_FROM_LEVEL(f, argument);                                                               \
+    } while (0)
 
 template <class T>
 static void run_product(const Product<T>& p) {
     const Level wanted = level_of(p.weights);
     if constexpr (std::is_same_v<T, bf16>) {
-        if (wanted >= Level::amx) return amx_linear(wanted, p);
+        if (uses_tiles(wanted)) return amx_linear(wanted, p);
     }
     DISPATCH_PRODUCT(wanted, multiply, p);
 }
@@ -71,7 +110,7 @@ template <class T>
 static void run_mixture(const Experts<T>& e) {
     const Level wanted = level_of(e.gate_up);
     if constexpr (std::is_same_v<T, bf16>) {
-        if (wanted >= Level::amx) return amx_experts(wanted, e);
+        if (uses_tiles(wanted)) return amx_experts(wanted, e);
     }
     DISPATCH_PRODUCT(wanted, mix_experts, e);
 }

@@ -2,6 +2,7 @@
 // The layout is the same for every instruction set.
 #pragma once
 #include "common.h"
+#include "parts.h"
 
 // A weight [N, K] is packed in panels. A panel has 32 columns of the transposed weight [K, N]. A pair is two
 // neighbouring elements along K. Pairs are stored in ascending order, and an odd K is padded with a zero. The layout of

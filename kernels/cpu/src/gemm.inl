@@ -2,85 +2,18 @@
 // instruction set. Each element of y is summed in one accumulator, in ascending order along K, whichever tile and
 // thread computes the element. So the result for a row does not depend on the number of rows.
 //
-// A strip is two vectors of columns of y. A tile is the part of y that is computed at once in registers: up to MAX_ROWS
-// rows of one strip, or fewer rows of several strips. A tile with few rows has several strips, so that enough
+// A strip is VECTORS vectors of columns of y. A tile is the part of y that is computed at once in registers: up to
+// MAX_ROWS rows of one strip, or fewer rows of several strips. A tile with few rows has several strips, so that enough
 // accumulators are in use to hide the latency of the multiplications. Before the multiplication, the rows of x are
 // packed: the elements are converted to the type in which they are multiplied, and are stored in the order in which a
-// tile reads them. This order is [pair][row], where a pair is two neighbouring elements along K.
-
-#ifdef DOT_PRODUCTS
-constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
-// An element of packed x is two bf16 elements that are neighbours along K. The instruction VDPBF16PS multiplies these
-// two elements by two elements of the weight and adds both products to an accumulator. The processor fixes the order of
-// these additions.
-using PackedX = uint32_t;
-constexpr int64_t X_PER_PAIR = 1;
-
-// Multiplies two elements along K of MR rows of x by the weights of NS strips, and adds the products to the
-// accumulators c. The weights of strip s are `offset` bytes after the address w[s].
-template <class W, int MR, int NS>
-INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const Reader<W>& reader, const PackedX* x, const char* const (&w)[NS],
-                          int64_t offset, int pair) {
-#pragma GCC unroll 8
-    for (int s = 0; s < NS; s++) {
-        const Weight b0 = reader.vector(w[s] + offset, 0, pair), b1 = reader.vector(w[s] + offset, 1, pair);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) {
-            const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
-            c[m][2 * s] = _mm512_dpbf16_ps(c[m][2 * s], a, b0);
-            c[m][2 * s + 1] = _mm512_dpbf16_ps(c[m][2 * s + 1], a, b1);
-        }
-    }
-}
-
-// Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i is written to out[i *
-// rows]. The pairs with the same number i are therefore adjacent for all rows of the tile.
-INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
-    PackedX pairs[WIDTH] = {};
-    std::memcpy(pairs, x, n * sizeof(bf16));
-    for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
-}
-#else
-constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
-constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
-// An element of packed x is a float32. For two neighbouring elements along K, an accumulator takes two fused
-// multiply-adds.
-using PackedX = float;
-constexpr int64_t X_PER_PAIR = 2;
-
-template <class W, int MR, int NS>
-INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const Reader<W>& reader, const PackedX* x, const char* const (&w)[NS],
-                          int64_t offset, int pair) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-#pragma GCC unroll 8
-        for (int s = 0; s < NS; s++) {
-            const Weight b0 = reader.vector(w[s] + offset, 0, pair, half);
-            const Weight b1 = reader.vector(w[s] + offset, 1, pair, half);
-#pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) {
-                const Vec a = set(x[half * MR + m]);
-                c[m][2 * s] = fma(a, b0, c[m][2 * s]);
-                c[m][2 * s + 1] = fma(a, b1, c[m][2 * s + 1]);
-            }
-        }
-    }
-}
-
-template <class T>
-INLINE void interleave_pairs(const T* x, int64_t n, PackedX* out, int64_t rows) {
-    float wide[2 * WIDTH];
-    store(wide, load(x, n < WIDTH ? n : WIDTH));
-    store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
-    for (int64_t i = 0; i < (n + 1) / 2 * 2; i++) out[i * rows] = wide[i];
-}
-#endif
+// tile reads them. This order is [pair][row], where a pair is two neighbouring elements along K, but with ROW_PAIRS it
+// is [pair / 2][row][2]. `multiply.inl` has the multiplication.
 
 // Returns the largest number of strips that a tile of `rows` rows can have. The number is 1, 2 or 4, because the tile's
 // accumulators must fit into registers.
 constexpr int max_strips(int rows) {
     int strips = 1;
-    while (4 * strips * rows <= ACCUMULATORS && strips < 4) strips *= 2;
+    while (2 * VECTORS * strips * sum_rows(rows) <= ACCUMULATORS && strips < 4) strips *= 2;
     return strips;
 }
 
@@ -101,10 +34,10 @@ void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
         const T* x = p.x + (p.rows ? p.rows[first + m] : first + m) * p.x_stride;
         for (int64_t k = 0; k < p.weights.k; k += 2 * WIDTH) {
             const int64_t n = p.weights.k - k < 2 * WIDTH ? p.weights.k - k : 2 * WIDTH;
-            interleave_pairs(x + k, n, out + k / 2 * X_PER_PAIR * size + m, size);
+            interleave_pairs(x + k, n, out + k / 2 * X_PER_PAIR * size + m * X_NEIGHBOURS, size);
         }
     }
-    const int64_t used = ceil_div(p.weights.k, 2) * X_PER_PAIR, row = x_inputs(p.weights.k);
+    const int64_t used = ceil_div(p.weights.k, 2 * X_NEIGHBOURS) * X_NEIGHBOURS * X_PER_PAIR, row = x_inputs(p.weights.k);
     std::memset(out + used * size, 0, (row - used) * size * sizeof(*out));
     if (x_row(p.weights) > row) sum_groups(p, first, size, reinterpret_cast<float*>(out + row * size));
 }
@@ -211,7 +144,7 @@ INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
 // multiplied by the group's scale before the sums over the groups were added.
 template <class T, class W, int MR, int NS>
 void tile(const TileArguments<T>& a) {
-    using R = Reader<W>;
+    using R = TileReader<W>;
     const Weights& weights = a.product->weights;
     const Walk& walk = a.walk;
     const Steps<W> steps(weights);
@@ -230,16 +163,16 @@ void tile(const TileArguments<T>& a) {
     // Several strips are read as several streams, which share the distance.
     const int64_t ahead = prefetch_distance() / NS;
     const char* next = walk.next ? walk.next : w[0] + offset + ahead;
-    const int64_t stride = walk.next ? walk.stride : R::BYTES;
+    const int64_t stride = (walk.next ? walk.stride : R::BYTES) * (R::PAIRS % X_NEIGHBOURS ? X_NEIGHBOURS : 1);
     // The variable `totals` has the sums over the groups that were already computed, each multiplied by the group's
     // scale.
-    Vec totals[MR][2 * NS] = {};
+    Vec totals[MR][VECTORS * NS] = {};
     if (R::SCALED && !one_group && walk.first) load_sums(totals, walk.sums);
     for (int64_t step = walk.first; step < walk.end; step += steps.group) {
-        Vec c[MR][2 * NS] = {};
+        Vec c[sum_rows(MR)][VECTORS * NS] = {};
         if (one_group && walk.first) load_sums(c, walk.sums);
         const int64_t end = offset + (walk.end - step < steps.group ? walk.end - step : steps.group) * R::BYTES;
-        for (; offset < end; offset += R::BYTES) {
+        while (offset < end) {
             if constexpr (NS == 1) {
                 for (const char* const until = next + stride; next < until; next += 64) __builtin_prefetch(next, 0, 3);
                 next += stride - ceil_div(stride, 64) * 64;
@@ -250,21 +183,18 @@ void tile(const TileArguments<T>& a) {
                     if (R::BYTES > 64) __builtin_prefetch(w[s] + offset + ahead + 64, 0, 3);
                 }
             }
-#pragma GCC unroll 4
-            for (int pair = 0; pair < R::PAIRS; pair++, x += MR * X_PER_PAIR) {
-                multiply_pair<W, MR, NS>(c, reader, x, w, offset, pair);
-            }
+            multiply_step<W, MR, NS>(c, reader, x, w, offset, end);
         }
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
-        if constexpr (!R::SCALED) return store_tile<T, MR, 2 * NS>(c, a);
+        Vec sums[MR][VECTORS * NS];
+        separate_rows<MR, VECTORS * NS>(c, sums);
+        if constexpr (!R::SCALED) return store_tile<T, MR, VECTORS * NS>(sums, a);
         const int64_t group = step / steps.group;
-        Vec sums[MR][2 * NS];  // A copy, so that `c` can stay in registers if `add_group` is not inlined.
-        std::memcpy(sums, c, sizeof(sums));
         add_group<MR, NS>(sums, weights, {panels, walk.strip, group, offset}, sums_of_x + group * MR, totals);
         offset = weights.group_offset(group + 1);
     }
     if (walk.end < steps.count) return store_sums(totals, walk.sums);
-    store_tile<T, MR, 2 * NS>(totals, a);
+    store_tile<T, MR, VECTORS * NS>(totals, a);
 }
 
 // Whether the weights of format W are converted to bf16 once for all tiles that share a strip. This is done where every
@@ -289,7 +219,7 @@ void convert_strip(const Weights& weights, int64_t strip, int64_t first, int64_t
     for (int64_t step = first; step < end; step++) {
         const char* const from = start + steps.offset(weights, step);
         for (int pair = 0; pair < R::PAIRS; pair++) {
-            for (int v = 0; v < 2; v++, out += 4 * WIDTH) {
+            for (int v = 0; v < VECTORS; v++, out += 4 * WIDTH) {
                 // A number that is exact in bf16 has zeros in the lower 16 bits of its float32.
                 const Lanes even = (Lanes)reader.vector(from, v, pair, 0), odd = (Lanes)reader.vector(from, v, pair, 1);
                 const Lanes both = (even >> 16 & 0xffff) | odd;
@@ -313,11 +243,11 @@ void converted_tile(const TileArguments<T>& a) {
     const PackedX* x = walk.x + walk.first * R::PAIRS * MR * X_PER_PAIR;
     const auto* const sums_of_x = reinterpret_cast<const float*>(walk.x + x_inputs(weights.k) * MR);
     const char* next = walk.next;
-    Vec totals[MR][2] = {};
+    Vec totals[MR][VECTORS] = {};
     if (!one_group && walk.first) load_sums(totals, walk.sums);
     int64_t offset = 0;
     for (int64_t step = walk.first; step < walk.end; step += steps.group) {
-        Vec c[MR][2] = {};
+        Vec c[MR][VECTORS] = {};
         if (one_group && walk.first) load_sums(c, walk.sums);
         const int64_t count = walk.end - step < steps.group ? walk.end - step : steps.group;
         for (int64_t i = 0; i < count; i++) {
@@ -333,12 +263,12 @@ void converted_tile(const TileArguments<T>& a) {
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
         const int64_t group = step / steps.group;
         const int64_t factors = steps.offset(weights, step) + count * R::BYTES;
-        Vec sums[MR][2];
+        Vec sums[MR][VECTORS];
         std::memcpy(sums, c, sizeof(sums));
         add_group<MR, 1>(sums, weights, {&panel, walk.strip, group, factors}, sums_of_x + group * MR, totals);
     }
     if (walk.end < steps.count) return store_sums(totals, walk.sums);
-    store_tile<T, MR, 2>(totals, a);
+    store_tile<T, MR, VECTORS>(totals, a);
 }
 #endif
 
@@ -356,9 +286,11 @@ template <class T, class W, int MR>
 void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     if constexpr (MR > 0) {
         if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
+#ifndef DOT_PRODUCTS
         if constexpr (CONVERTS<W>) {
             if (a.walk.converted) return converted_tile<T, W, MR>(a);
         }
+#endif
         if (end - a.walk.strip == 1) return tile<T, W, MR, 1>(a);
         tile_strips<T, W, MR, max_strips(MR)>(a, end);
     }
@@ -395,9 +327,11 @@ void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t t
             const int64_t end = first + span < steps.count ? first + span : steps.count;
             const char* next = end < steps.count ? address(strip, end) : address(strip + (strip + 1 < strip_end), 0);
             const int64_t stride = ceil_div(span * R::BYTES, (end - first) * sharers);
+#ifndef DOT_PRODUCTS
             if constexpr (CONVERTS<W>) {
                 if (converts) convert_strip<T, W>(p.weights, strip, first, end, converted);
             }
+#endif
             for (int64_t t = tile; t < tile_end; t++) {
                 const int64_t first_row = tiles.first(t), turn = t - tile;
                 const char* const share = next + turn * (end - first) * stride;
@@ -469,10 +403,12 @@ struct Parts {
         blocks = blocks < 1 ? 1 : blocks > whole.count ? whole.count : blocks;
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t tile = whole.count * block / blocks, end = whole.count * (block + 1) / blocks;
+            // With many threads the pieces are smaller than PIECE_BYTES, so that all threads have work.
+            const int64_t least = ceil_div(least_piece_bytes() * STRIPS, panel_bytes<T>(p.weights) * (end - tile));
             const int64_t together = end - tile == 1 ? max_strips(int(whole.size(tile))) : 1;
             int64_t grain = ceil_div(PIECE_BYTES * STRIPS, panel_bytes<T>(p.weights) * (end - tile));
             grain = ceil_div(grain, together) * together;
-            if (grain > share) grain = share;
+            if (grain > share) grain = share > least ? share : least;
             parts[count++] = {p, x, tile, end, strips, grain, tiles, pieces};
             tiles += end - tile;
             pieces += ceil_div(strips, grain);
@@ -501,17 +437,12 @@ void pack_parts(const Parts<T>& all, const F& before) {
 
 template <class T>
 void multiply_parts(const Parts<T>& all) {
-    parallel_for(all.pieces, 1, [&](int64_t piece, int64_t end) {
-        const Part<T>* part = all.parts;
-        while (piece < end) {
-            while (part + 1 < all.parts + all.count && part[1].pieces_before <= piece) part++;
-            const int64_t pieces = ceil_div(part->strips, part->grain), first = piece - part->pieces_before;
-            const int64_t last = end - part->pieces_before < pieces ? end - part->pieces_before : pieces;
-            const int64_t strip_end = last * part->grain < part->strips ? last * part->grain : part->strips;
-            multiply_block(part->product, part->x, part->tile, part->tile_end, first * part->grain, strip_end);
-            piece += last - first;
-        }
-    }, /*in_runs=*/true);
+    const auto pieces_before = [&](int64_t i) { return i < all.count ? all.parts[i].pieces_before : all.pieces; };
+    parallel_for_parts(all.count, pieces_before, [&](int64_t i, int64_t first, int64_t last) {
+        const Part<T>& part = all.parts[i];
+        const int64_t strip_end = last * part.grain < part.strips ? last * part.grain : part.strips;
+        multiply_block(part.product, part.x, part.tile, part.tile_end, first * part.grain, strip_end);
+    });
 }
 
 template <class T>

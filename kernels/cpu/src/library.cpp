@@ -1,12 +1,41 @@
-// This file detects the machine's instruction set. It also defines an empty Python module, because setuptools builds
-// the library as an extension module. Python calls the library's functions through ctypes.
-#include <Python.h>
-
+// This file detects the machine's instruction set, and selects the one in use.
 #include <atomic>
 
 #include "amx.h"
 
-static Level detect() {
+#if JAMBA_ARM && defined(__linux__)
+#include <sys/auxv.h>
+#elif JAMBA_ARM && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+namespace {
+
+#if JAMBA_ARM
+enum class ArmFeature { dot, bf16, i8mm };
+
+// Returns whether the processor has a feature, as the operating system tells. On other systems than Linux and macOS the
+// answer is no.
+bool has(ArmFeature feature) {
+#if defined(__linux__)
+    // The bits HWCAP_ASIMDDP, HWCAP2_BF16 and HWCAP2_I8MM of Linux. Old headers do not have the last two.
+    switch (feature) {
+        case ArmFeature::dot: return getauxval(AT_HWCAP) >> 20 & 1;
+        case ArmFeature::bf16: return getauxval(AT_HWCAP2) >> 14 & 1;
+        case ArmFeature::i8mm: return getauxval(AT_HWCAP2) >> 13 & 1;
+    }
+#elif defined(__APPLE__)
+    constexpr const char* NAMES[] = {"hw.optional.arm.FEAT_DotProd", "hw.optional.arm.FEAT_BF16",
+                                     "hw.optional.arm.FEAT_I8MM"};
+    int found = 0;
+    size_t size = sizeof(found);
+    return sysctlbyname(NAMES[int(feature)], &found, &size, nullptr, 0) == 0 && found;
+#endif
+    return (void)feature, false;
+}
+#endif
+
+Level detect() {
 #if JAMBA_X86
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
@@ -18,12 +47,24 @@ static Level detect() {
     }
     if (!__builtin_cpu_supports("avx512bf16")) return Level::avx512;
     return amx_state() == AmxState::usable ? Level::amx : Level::avx512_bf16;
+#elif JAMBA_ARM
+    if (!has(ArmFeature::dot)) return Level::neon;
+    return has(ArmFeature::bf16) && has(ArmFeature::i8mm) ? Level::neon_bf16 : Level::neon_dot;
 #else
     return Level::portable;
 #endif
 }
 
-static std::atomic<Level> current{detect()}, current_products{detect()};
+// The lowest instruction set for which this library has code.
+#if JAMBA_ARM
+constexpr Level LOWEST = Level::neon;
+#else
+constexpr Level LOWEST = Level::portable;
+#endif
+
+std::atomic<Level> current{detect()}, current_products{detect()};
+
+}  // namespace
 
 Level level() { return current.load(std::memory_order_relaxed); }
 Level product_level() { return current_products.load(std::memory_order_relaxed); }
@@ -37,17 +78,18 @@ EXPORT int64_t highest_level() {
     return int64_t(highest);
 }
 
-// Selects the instruction set `wanted`, so that tests can also run the kernels of lower instruction sets. If the
-// machine lacks `wanted`, the machine's highest instruction set is selected. `amx_emulated` selects the emulation for
-// the matrix products and the highest instruction set for all other kernels. Returns the selected instruction set.
-EXPORT int64_t set_level(int64_t wanted) {
-    const int64_t highest = highest_level(), emulated = int64_t(Level::amx_emulated);
-    const int64_t products = wanted == emulated ? emulated : wanted < 0 || wanted > highest ? highest : wanted;
-    current_products.store(Level(products));
-    current.store(Level(products == emulated ? highest : products));
-    return products;
+// Returns whether this machine can run the level `wanted`.
+EXPORT int64_t has_level(int64_t wanted) {
+    if (is_emulated(Level(wanted))) return wanted <= int64_t(Level::neon_bf16_emulated);
+    return wanted >= int64_t(LOWEST) && wanted <= highest_level();
 }
 
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }
+// Selects the instruction set `wanted`, so that tests can also run the kernels of lower instruction sets. If the
+// machine lacks `wanted`, the machine's highest instruction set is selected. An emulated level is selected for the
+// matrix products only, with the highest instruction set for all other kernels. Returns the selected instruction set.
+EXPORT int64_t set_level(int64_t wanted) {
+    const int64_t highest = highest_level(), products = has_level(wanted) ? wanted : highest;
+    current_products.store(Level(products));
+    current.store(Level(is_emulated(Level(products)) ? highest : products));
+    return products;
+}

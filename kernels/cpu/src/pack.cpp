@@ -1,7 +1,9 @@
 // This file packs weights that are not quantised, and reads rows of packed weights.
 #include "panels.h"
 
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -42,7 +44,13 @@ EXPORT int64_t packed_bytes(int64_t n, int64_t k, int64_t dtype) {
 
 // Asks the operating system for huge memory pages for memory that has not been written yet. With huge pages, one core
 // reads memory 1.5 times as fast as with normal pages.
-EXPORT void use_huge_pages(void* memory, int64_t bytes) { madvise(memory, bytes, MADV_HUGEPAGE); }
+EXPORT void use_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+    madvise(memory, bytes, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;  // Other systems have no such request.
+#endif
+}
 
 // Packs a weight that is not quantised. weight: [n, k], contiguous; packed: packed_bytes(n, k, dtype) bytes of memory.
 EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t dtype) {

@@ -14,7 +14,8 @@ struct Distance {
     uint32_t vendor;  // the register EBX of the instruction CPUID with argument 0
     int64_t bytes;
 };
-constexpr Distance DISTANCES[] = {{0x68747541, 8192}, {0x756e6547, 2048}};  // "Auth"enticAMD, "Genu"ineIntel
+// "Auth"enticAMD and "Genu"ineIntel.
+[[maybe_unused]] constexpr Distance DISTANCES[] = {{0x68747541, 8192}, {0x756e6547, 2048}};
 constexpr int64_t OTHER_DISTANCE = 4096;
 
 int64_t find_distance() {

@@ -1,5 +1,5 @@
-// This header defines vectors of float32 for each instruction set. The namespaces `portable`, `avx2` and `avx512` have
-// the same operations. A kernel that uses these operations is in a .inl file, which `for_each_level.h` compiles in each
+// This header defines vectors of float32 for each instruction set. The namespaces `portable`, `avx2`, `avx512` and
+// `neon` have the same operations. A kernel that uses these operations is in a .inl file, which `for_each_level.h` compiles in each
 // namespace.
 //
 // The type `Vec` is a vector of WIDTH floats with the arithmetic operators of C++. Loads and stores accept unaligned
@@ -138,6 +138,62 @@ INLINE void split(Vec x, Vec& m, Vec& e) {
 #include "math.inl"
 }  // namespace avx2
 END_TARGET
+#elif JAMBA_ARM
+namespace neon {
+constexpr int64_t WIDTH = 4;
+using Vec = float32x4_t;
+
+INLINE Vec set(float x) { return vdupq_n_f32(x); }
+INLINE Vec load(const float* p) { return vld1q_f32(p); }
+INLINE Vec widen(bf16, uint16x4_t x) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
+INLINE Vec widen(f16, uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
+template <class T>
+INLINE Vec load(const T* p) {
+    return widen(T{}, vld1_u16((const uint16_t*)p));
+}
+template <class T>
+INLINE Vec load(const T* p, int64_t n) {
+    T part[WIDTH] = {};
+    std::memcpy(part, p, n * sizeof(T));
+    return load((const T*)part);
+}
+INLINE uint16x4_t narrow(bf16, Vec x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet), 16);
+}
+INLINE uint16x4_t narrow(f16, Vec x) { return vreinterpret_u16_f16(vcvt_f16_f32(x)); }
+INLINE void store(float* p, Vec x) { vst1q_f32(p, x); }
+template <class T>
+INLINE void store(T* p, Vec x) {
+    vst1_u16((uint16_t*)p, narrow(T{}, x));
+}
+template <class T>
+INLINE void store(T* p, Vec x, int64_t n) {
+    T part[WIDTH];
+    store(part, x);
+    std::memcpy(p, part, n * sizeof(T));
+}
+INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) { return vbslq_f32(vcgtq_f32(a, b), then, otherwise); }
+INLINE Vec min(Vec a, Vec b) { return where_greater(b, a, a, b); }
+INLINE Vec max(Vec a, Vec b) { return where_greater(a, b, a, b); }
+INLINE Vec sqrt(Vec x) { return vsqrtq_f32(x); }
+INLINE Vec round(Vec x) { return vrndnq_f32(x); }
+INLINE Vec power_of_two(int32x4_t n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
+INLINE Vec scale(Vec x, Vec n) {  // in two steps, as with AVX2
+    const int32x4_t whole = vcvtq_s32_f32(n), half = vshrq_n_s32(whole, 1);
+    return x * power_of_two(half) * power_of_two(vsubq_s32(whole, half));
+}
+INLINE void split(Vec x, Vec& m, Vec& e) {
+    const int32x4_t bits = vreinterpretq_s32_f32(x);
+    const int32x4_t exponent = vshrq_n_s32(vsubq_s32(bits, vdupq_n_s32(0x3f400000)), 23);  // 0.75
+    m = vreinterpretq_f32_s32(vsubq_s32(bits, vshlq_n_s32(exponent, 23)));
+    e = vcvtq_f32_s32(exponent);
+}
+#include "math.inl"
+}  // namespace neon
 #endif
 
 // The namespace `portable` uses the compiler's generic vectors, which are compiled to SSE2, NEON or scalar code. The

@@ -1,5 +1,5 @@
 // This header has operations across the lanes of vectors: transposition, sums of lanes, and the largest lane. With
-// AVX-512 the operations work on whole vectors; with other instruction sets the operations work on one lane at a time.
+// AVX-512 the operations work on whole vectors, and so do the sums with NEON; otherwise they work on one lane at a time.
 // The function `transpose16` requires vectors of 16 floats. In the namespaces with shorter vectors, `transpose16` is an
 // empty function: calls of `transpose16` are compiled in these namespaces too, but never run.
 #pragma once
@@ -80,6 +80,26 @@ INLINE float largest(Vec x) {
 }
 }  // namespace avx2
 END_TARGET
+#elif JAMBA_ARM
+namespace neon {
+constexpr int SUMS = 8;
+INLINE void transpose16(const float*, float*) {}
+// Returns a vector whose lane i is the sum of the lanes of v[i], added in the order of the function `sum`.
+INLINE Vec sums4(const Vec* v) {
+    const Vec first = vcombine_f32(vadd_f32(vget_low_f32(v[0]), vget_high_f32(v[0])),
+                                   vadd_f32(vget_low_f32(v[1]), vget_high_f32(v[1])));
+    const Vec second = vcombine_f32(vadd_f32(vget_low_f32(v[2]), vget_high_f32(v[2])),
+                                    vadd_f32(vget_low_f32(v[3]), vget_high_f32(v[3])));
+    return vpaddq_f32(first, second);
+}
+INLINE void sums(const Vec* v, float* out) {
+    for (int i = 0; i < SUMS; i += 4) store(out + i, sums4(v + i));
+}
+INLINE float largest(Vec x) {
+    for (int64_t i = 1; i < WIDTH; i++) x[0] = x[0] > x[i] ? x[0] : x[i];
+    return x[0];
+}
+}  // namespace neon
 #endif
 
 namespace portable {

@@ -102,6 +102,7 @@ def test_pieces_of_tensors() -> None:
     tensor = torch.arange(24).view(2, 12)
     assert Piece.of(Own(12, 0, 12), 1) is None
     halves = Piece.of(Own(6, 2, 5), 1, times=2)
+    assert halves is not None
     assert halves == Piece(1, 12, ((2, 5), (8, 11)))
     assert halves.cut_tensor(tensor).tolist() == [[2, 3, 4, 8, 9, 10], [14, 15, 16, 20, 21, 22]]
 

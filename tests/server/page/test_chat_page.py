@@ -127,6 +127,26 @@ async def test_settings_are_sent_and_remembered(open_page: OpenPage, tokenizer: 
         assert await visit.page.get_by_text("From 0 to 2, or empty.").is_visible()
 
 
+async def test_what_is_typed_outlasts_the_arrival_of_the_names_of_the_models(open_page: OpenPage) -> None:
+    async with open_page() as (visit, _):
+        asked, arrive = asyncio.Event(), asyncio.Event()
+
+        async def late(route: Any) -> None:
+            asked.set()
+            await arrive.wait()
+            await route.continue_()
+
+        await visit.page.route("**/v1/models", late)
+        await visit.page.reload()
+        await asked.wait()
+        await visit.page.locator("#system").focus()
+        await visit.page.keyboard.type("Be ")
+        arrive.set()
+        await visit.page.locator("#model").wait_for()
+        await visit.page.keyboard.type("brief.")
+        assert await visit.page.locator("#system").input_value() == "Be brief."
+
+
 async def test_a_json_schema_is_strict_and_the_reply_is_shown_as_json(open_page: OpenPage) -> None:
     async with open_page('{"name":"Rex","age":3}') as (visit, bench):
         await visit.page.get_by_role("checkbox", name="JSON schema").check()

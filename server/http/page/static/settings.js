@@ -51,7 +51,10 @@ export class SettingsPanel {
     if (this.#longest === longest && this.#models.join() === models.join()) return;
     this.#models = models;
     this.#longest = longest;
-    this.show(this.#settings);
+    // The other fields stay as they are: somebody may be typing in one.
+    byId("model")?.closest(".field").remove();
+    if (models.length > 1) byId("system").closest(".field").before(this.#modelField());
+    for (const input of byId("maxTokens").closest(".field").querySelectorAll("input")) input.max = longest;
   }
 
   /** Shows the settings of a conversation. Changes are made in this object. */
@@ -94,13 +97,13 @@ export class SettingsPanel {
   }
 
   #sliderField({ name, label, min, max, step, middle }) {
-    const top = name === "maxTokens" ? this.#longest : max;
+    const top = () => (name === "maxTokens" ? this.#longest : max);
     const value = this.#settings[name];
-    const range = element("input", { type: "range", min, max: top, step, "aria-label": `${label}, slider`, tabindex: -1 });
-    const number = element("input", { type: "number", id: name, min, max: top, step: name === "maxTokens" ? 1 : "any",
+    const range = element("input", { type: "range", min, max: top(), step, "aria-label": `${label}, slider`, tabindex: -1 });
+    const number = element("input", { type: "number", id: name, min, max: top(), step: name === "maxTokens" ? 1 : "any",
       placeholder: "default", inputmode: "decimal" });
     const problem = element("p", { class: "invalid", role: "alert" });
-    range.value = value ?? Math.min(middle, top);
+    range.value = value ?? Math.min(middle, top());
     range.classList.toggle("unset", value === null);
     number.value = value ?? "";
     range.addEventListener("input", () => {
@@ -110,9 +113,9 @@ export class SettingsPanel {
       this.#set(name, Number(range.value));
     });
     number.addEventListener("input", () => {
-      problem.textContent = number.checkValidity() ? "" : `From ${min} to ${top}, or empty.`;
+      problem.textContent = number.checkValidity() ? "" : `From ${min} to ${top()}, or empty.`;
       if (problem.textContent) return;
-      range.value = number.value === "" ? Math.min(middle, top) : number.value;
+      range.value = number.value === "" ? Math.min(middle, top()) : number.value;
       range.classList.toggle("unset", number.value === "");
       this.#set(name, number.value === "" ? null : Number(number.value));
     });
