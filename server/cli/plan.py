@@ -183,8 +183,7 @@ def make_report(
     memory that is free on this machine is used; if `bandwidth` is None, the bandwidth of a CPU is measured. `measured`
     maps a number of running sequences to measured tokens per second. Raises ConfigError for a text that is not a size.
     """
-    model = stored.config
-    ranks = engine.tensor_parallel_size
+    model, ranks = stored.config, engine.tensor_parallel_size
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization, ranks)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = policy_of(engine, model)

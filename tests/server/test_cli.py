@@ -265,6 +265,28 @@ def plan_as_json(folder: Path, *flags: str) -> Any:
     return json.loads(invoke("plan", str(folder), "--device", "cuda", "--memory", "141GiB", "--json", *flags))
 
 
+def test_plan_of_one_of_eight_processes(tmp_path: Path) -> None:
+    """Large with int8 weights on eight GPUs of 80 GB, by hand. Decimal bytes; h 8192, f 24576, d 16384, 72 layers."""
+    write_geometry(tmp_path, "large")
+    sizes = ["--device", "cuda", "--memory", "80GB", "--tensor-parallel-size", "8", "--quantization", "int8"]
+    report = json.loads(invoke("plan", str(tmp_path), *sizes, "--json"))
+    h, f, d, layers, mamba, attention = 8192, 24576, 16384, 72, 63, 9
+    matrices = 36 * 16 * 3 * h * f + 36 * 3 * h * f  # of experts and dense layers, in one byte
+    matrices += attention * 2 * h * 128 * (64 + 8) + 65536 * h  # attention and head, in one byte
+    scales = 4 * (36 * 17 * (2 * f + 8 * h) + attention * (80 * 128 + 8 * h) + 65536)  # a rank has all rows of down, o
+    plain = 2 * (mamba * (3 * d * h + d * (544 + 512 + 5)) + 65536 * h)  # in_proj, out_proj, x_proj, dt_proj, conv
+    everywhere = 8 * 2 * ((2 * layers + 1) * h + mamba * 544 + 36 * 16 * h)  # norms and routers
+    total = matrices + scales + plain + everywhere + 4 * mamba * d * (16 + 2)
+    assert report["weight_bytes"] == pytest.approx(total / 8, rel=1e-9)
+    assert report["kv_bytes_per_token"] == attention * 2 * 1 * 128 * 2  # one of eight KV heads
+    assert report["state_bytes_per_sequence"] == mamba * (d // 8) * (16 * 4 + 3 * 2)
+    assert report["exchanges"]["count"] == 2 * mamba + attention + layers + 2 == 209
+    sums = 207 - mamba  # all sums but those of x_proj have h numbers; a rank sends one section to seven others
+    others = h * 2 * 7 / 8 * 2 + 7 * 65536 / 8 * 2  # the embedding, and the logits of a rank to seven others
+    assert report["exchanges"]["bytes_alone"] == round(7 * 4 * (sums * h + mamba * 544) + others)
+    assert "209 in a step; a rank sends 34,133,120 bytes for one sequence" in invoke("plan", str(tmp_path), *sizes)
+
+
 def test_plan_counts_quantised_weights(tmp_path: Path) -> None:
     folder = write_geometry(tmp_path, "mini")
     plain, int8 = plan_as_json(folder), plan_as_json(folder, "--quantization", "int8")
