@@ -13,7 +13,7 @@ from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.linear import Linear
 from jamba_server.kernels.cpu.moe import RunExperts, SiluAndMul
 from tests.kernels import oracle
-from tests.kernels.cases import ALL_LEVELS, DTYPES, assert_close, assert_same, double, random
+from tests.kernels.cases import DTYPES, assert_close, assert_same, double, random
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 24, 31, 64, 200)
 SHAPES = [(1, 1), (5, 33), (35, 19), (64, 160), (300, 77)]
@@ -24,7 +24,7 @@ SHAPES = [(1, 1), (5, 33), (35, 19), (64, 160), (300, 77)]
 def test_a_row_has_the_same_bits_among_any_number(
     native: Library, outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     linear, bias = Linear(), random(outputs, dtype=dtype, seed=2)
     run = partial(linear, weight=linear.pack(random(outputs, inputs, dtype=dtype, seed=1)), bias=bias)
     x = random(max(ROWS), inputs + 3, dtype=dtype)[:, :inputs]  # a slice of a wider row
@@ -38,7 +38,7 @@ def test_a_row_has_the_same_bits_among_any_number(
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 12, 31])
 def test_equals_the_formula(native: Library, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     linear = Linear()
     x, weight = random(rows, inputs, dtype=dtype), random(outputs, inputs, dtype=dtype, seed=1)
     out = linear(x, linear.pack(weight))
@@ -62,7 +62,7 @@ def test_the_number_of_threads_changes_nothing(
 
 
 def test_what_lies_beside_the_rows_is_not_read(native: Library) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     linear = Linear()
     wide = torch.full((9, 50), torch.nan, dtype=torch.bfloat16)
     wide[:, 5:38] = random(9, 33, dtype=torch.bfloat16)
@@ -71,7 +71,7 @@ def test_what_lies_beside_the_rows_is_not_read(native: Library) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packing_leaves_the_weight_as_it_is(native: Library, dtype: torch.dtype) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     weight = random(35, 19, dtype=dtype)
     before = weight.clone()
     Linear().pack(weight)
@@ -79,7 +79,7 @@ def test_packing_leaves_the_weight_as_it_is(native: Library, dtype: torch.dtype)
 
 
 def test_infinities_and_nan_stay_in_their_row_and_column(native: Library) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     linear = Linear()
     x, weight = random(5, 16, dtype=torch.bfloat16), random(40, 16, dtype=torch.bfloat16, seed=1)
     x[2, 3], weight[33, 0] = torch.inf, torch.nan
@@ -121,7 +121,7 @@ def test_a_token_gets_the_same_bits_from_its_experts_among_any_others(native: Li
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_equal_the_formula(native: Library, dtype: torch.dtype) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     run_experts = RunExperts()
     x, gate_up, down, weights, ids = experts_case(dtype)
     out = run_experts(x, run_experts.pack(gate_up, down), weights, ids)
@@ -136,7 +136,7 @@ def test_experts_equal_the_formula(native: Library, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_are_made_of_the_other_ops(native: Library, dtype: torch.dtype) -> None:
     """One expert with weight 1 does what `linear` and `silu_and_mul` do one after the other."""
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     run_experts, linear, silu_and_mul = RunExperts(), Linear(), SiluAndMul()
     x, gate_up, down, _, _ = experts_case(dtype)
     once, zeros = torch.ones(TOKENS, 1), torch.zeros(TOKENS, 1, dtype=torch.int32)
@@ -145,7 +145,7 @@ def test_experts_are_made_of_the_other_ops(native: Library, dtype: torch.dtype) 
 
 
 def test_no_tokens_are_no_work(native: Library) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     run_experts, linear = RunExperts(), Linear()
     x, gate_up, down, weights, ids = experts_case(torch.bfloat16)
     assert linear(x[:0], linear.pack(gate_up[0])).shape == (0, 2 * INNER)

@@ -16,7 +16,7 @@ from jamba_server.kernels.cpu.moe import RunExperts as CpuRunExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
 from jamba_server.kernels.ops import Linear, QuantizedWeight, RunExperts
 from tests.kernels import oracle
-from tests.kernels.cases import ALL_LEVELS, DTYPES, assert_close, assert_same, double, each_implementation, random
+from tests.kernels.cases import DTYPES, assert_close, assert_same, double, each_implementation, random
 from tests.kernels.oracle import Array
 
 HIGHEST = {"int8": 127, "int4": 7, "fp8": 448}
@@ -94,7 +94,7 @@ def test_experts_equal_the_formula(run_experts: RunExperts, format: str, group_s
 @pytest.mark.parametrize(("format", "group_size"), FORMATS + OTHERS)
 def test_whole_numbers_have_exact_products(native: Library, format: str, group_size: int, dtype: torch.dtype) -> None:
     """With small whole x and scales that are powers of two nothing is rounded but the result."""
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     linear, generator = CpuLinear(), torch.Generator().manual_seed(5)
     for outputs, inputs in SHAPES:
         weight = quantized(outputs, inputs, format=format, group_size=group_size)
@@ -109,7 +109,7 @@ def test_whole_numbers_have_exact_products(native: Library, format: str, group_s
 
 @pytest.mark.parametrize(("format", "group_size"), FORMATS + OTHERS)
 def test_packing_keeps_every_number(native: Library, format: str, group_size: int) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     linear = CpuLinear()
     weight = quantized(261, 70, format=format, group_size=group_size)
     strided = weight._replace(values=weight.values.t().contiguous().t(), scales=weight.scales.t().contiguous().t())
@@ -158,7 +158,7 @@ def test_a_token_gets_the_same_bits_from_its_experts_among_any_others(
 @pytest.mark.parametrize(("format", "group_size"), FORMATS)
 def test_experts_are_made_of_the_other_ops(native: Library, format: str, group_size: int, dtype: torch.dtype) -> None:
     """One expert with weight 1 does what `linear` and `silu_and_mul` do one after the other."""
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     run_experts, linear, silu_and_mul = CpuRunExperts(), CpuLinear(), SiluAndMul()
     gate_up, down, _, _ = experts_case(format, group_size)
     first, second = (all_._replace(values=all_.values[0], scales=all_.scales[0]) for all_ in (gate_up, down))
@@ -170,7 +170,7 @@ def test_experts_are_made_of_the_other_ops(native: Library, format: str, group_s
 
 @pytest.mark.parametrize(("format", "group_size"), FORMATS)
 def test_infinities_and_nan_stay_in_their_row(native: Library, format: str, group_size: int) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     linear, x = CpuLinear(), random(5, 131, dtype=torch.bfloat16)
     x[2, 3], x[4, 130] = torch.inf, torch.nan
     weight = quantized(40, 131, format=format, group_size=group_size)
@@ -194,13 +194,13 @@ WEIGHT = quantized(4, 64, format="int4", group_size=32)
     ],
 )
 def test_a_weight_without_code_for_it_is_refused(native: Library, weight: QuantizedWeight, message: str) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     with pytest.raises(ValueError, match=message):
         CpuLinear().pack(weight)
 
 
 def test_experts_of_which_one_matrix_is_not_quantised_are_refused(native: Library) -> None:
-    assert native.level() in ALL_LEVELS
+    assert native.level()
     gate_up, down = quantized(2, 8, 16, format="int8", group_size=16), torch.zeros(2, 16, 4)
     with pytest.raises(ValueError, match=r"gate_up and down differ in dtype: None and torch\.float32"):
         CpuRunExperts().pack(gate_up, down)
