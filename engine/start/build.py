@@ -125,8 +125,7 @@ def build_engine(
     steps = dummy_steps(config, model_config, plan, gathered)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
     # The grammar compiler reads the tokenizer in a thread of its own while the weights are loaded.
-    tokenizer = Path(config.tokenizer or config.model)
-    compiler = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+    compiler = GrammarCompiler(tokenizer_of(config), model_config.vocab_size, model_config.eos_token_ids)
     weights = None if config.state_cache_disk_path is None else WeightHash(config)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) and parts.is_whole else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy, group=group)
@@ -152,6 +151,11 @@ def build_engine(
     if worker is not None:
         worker.start(core.inbox.post)
     return core
+
+
+def tokenizer_of(config: EngineConfig) -> Path:
+    """Returns the path of the tokenizer, which is the model's if there is no other."""
+    return Path(config.tokenizer or config.model)
 
 
 def start_threads(config: EngineConfig, device: torch.device) -> str:

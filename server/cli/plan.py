@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
@@ -192,13 +193,9 @@ def make_report(
     layout = wanted_layout(model, engine, parts)
     spec = CacheSpec.of(layout)
     speed = find_bandwidth(device, bandwidth, engine.threads)
-    result, refusal = None, None
-    try:
-        result = plan_memory(model, engine, layout, weight_bytes=weights, available_bytes=available, device=device)
-    except ConfigError as error:
-        refusal = str(error)
-    batched = result and result.max_num_batched_tokens
-    batched = batched or engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
+    result, refusal = plan_or_refusal(model, engine, layout, weights, available, device)
+    wanted = engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
+    batched = wanted if result is None else result.max_num_batched_tokens
 
     def cell(context: int, sequences: int) -> Cell:
         activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
@@ -230,6 +227,18 @@ def make_report(
         refusal=refusal,
         warnings=stored.warnings + conversions(model, policy, dtype),
     )
+
+
+def plan_or_refusal(
+    model: JambaConfig, engine: EngineConfig, layout: CacheLayout, weight_size: int, available: int, device: str
+) -> tuple[MemoryPlan | None, str | None]:
+    """Returns the memory plan for weights of `weight_size` bytes on a device that has `available` bytes, or the reason
+    why the server would not start."""
+    try:
+        plan = plan_memory(model, engine, layout, weight_bytes=weight_size, available_bytes=available, device=device)
+    except ConfigError as error:
+        return None, str(error)
+    return plan, None
 
 
 def largest_parts(model: JambaConfig, engine: EngineConfig, policy: QuantizationPolicy) -> Parts:

@@ -186,6 +186,8 @@ void tile(const TileArguments<T>& a) {
             multiply_step<W, MR, NS>(c, reader, x, w, offset, end);
         }
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
+        // `c` is stored as it is where that is possible: a copy would take it from registers to memory.
+        if constexpr (SEPARATE_ROWS && !R::SCALED) return store_tile<T, MR, VECTORS * NS>(c, a);
         Vec sums[MR][VECTORS * NS];
         separate_rows<MR, VECTORS * NS>(c, sums);
         if constexpr (!R::SCALED) return store_tile<T, MR, VECTORS * NS>(sums, a);
