@@ -102,8 +102,7 @@ def build_engine(
     device = choose_device(config)
     group = alone(config) if group is None else group
     check_options(config)
-    stored = read_stored(config)
-    model_config = stored.config
+    model_config = (stored := read_stored(config)).config
     dtype = choose_dtype(config, model_config)
     policy = policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))

@@ -197,8 +197,7 @@ def make_report(
         result = plan_memory(model, engine, layout, weight_bytes=weights, available_bytes=available, device=device)
     except ConfigError as error:
         refusal = str(error)
-    batched = result and result.max_num_batched_tokens
-    batched = batched or engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
+    batched = (result or engine).max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
 
     def cell(context: int, sequences: int) -> Cell:
         activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
