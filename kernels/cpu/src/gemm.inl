@@ -83,10 +83,15 @@ void store_float_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     }
 }
 
+// Writes the sums of a tile to y. This function is inlined, so that the accumulators `c` can stay in registers.
 template <class T, int MR, int NV>
-void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
+INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     const Product<T>& p = *a.product;
-    if (p.sums) return store_float_tile<T, MR, NV>(c, a);
+    if (p.sums) {
+        Vec sums[MR][NV];
+        std::memcpy(sums, c, sizeof(sums));
+        return store_float_tile<T, MR, NV>(sums, a);
+    }
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
         const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
