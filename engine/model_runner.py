@@ -4,10 +4,8 @@ makes the input tensors of the step, runs the model and samples tokens."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
 from jamba_server.engine.graphs import StepGraphs
 from jamba_server.engine.models import Model
-from jamba_server.engine.out_of_memory import retried
+from jamba_server.engine.out_of_memory import first_attempt
 from jamba_server.engine.pooling.pooler import PendingVector, Pooler
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
@@ -29,8 +27,6 @@ from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,23 +133,23 @@ class ModelRunner:
         """Returns the result of `_forward`. If the memory was short, a step that only begins prompts is tried again: it
         reads no state, so what the first attempt has written does not matter. A step of other sequences may have moved
         some of their states on already."""
-
-        def forward() -> tuple[Tensor, Tensor]:
-            try:
+        try:
+            with first_attempt("a step that begins prompts", is_last=self._is_last(chunks)):
                 return self._forward(chunks)
-            except BaseException:
-                if self.tables is not None:
-                    self.tables.invalidate()
-                raise
+            self._forget_tables()
+            return self._forward(chunks)
+        except BaseException:
+            self._forget_tables()
+            raise
 
-        return (
-            forward() if any(chunk.start for chunk in chunks) else self._retried(forward, "a step that begins prompts")
-        )
+    def _is_last(self, chunks: Many[Chunk] = ()) -> bool:
+        """Returns whether work must not be tried again: with several ranks, the others would wait for another exchange
+        than this one, and a step that continues sequences may have changed their states."""
+        return self.model.parts.shard.size > 1 or any(chunk.start for chunk in chunks)
 
-    def _retried(self, run: Callable[[], T], what: str) -> T:
-        """Returns the result of `run`, which is tried again if the memory was short. With several ranks it is not: the
-        others would wait for another exchange than this one."""
-        return run() if self.model.parts.shard.size > 1 else retried(run, what)
+    def _forget_tables(self) -> None:
+        if self.tables is not None:
+            self.tables.invalidate()
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
         """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled. With
@@ -177,10 +173,15 @@ class ModelRunner:
         self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None
     ) -> PendingTokens:
         inputs = [row for row, _ in rows]
-        tokens = self._retried(lambda: self.sampler.launch(self.model.logits(hidden), inputs, masks), "sampling")
+        tokens = self._sampled_tokens(hidden, inputs, masks)
         if self.sampled is not None:
             self.sampled.put(tokens.token_ids, [seq for _, seq in rows])
         return tokens
+
+    def _sampled_tokens(self, hidden: Tensor, inputs: Many[SamplingRow], masks: PendingMasks | None) -> PendingTokens:
+        with first_attempt("sampling", is_last=self._is_last()):
+            return self.sampler.launch(self.model.logits(hidden), inputs, masks)
+        return self.sampler.launch(self.model.logits(hidden), inputs, masks)
 
     def _copy_units(self, copies: CacheCopies) -> float:
         """Launches the copies of a step. Returns how many seconds the copies of saved states to slots took; on a GPU,

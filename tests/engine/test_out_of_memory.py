@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from jamba_server.engine.out_of_memory import retried
+from jamba_server.engine.out_of_memory import first_attempt
 from jamba_server.engine.types import SamplingParams
 from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, result
@@ -79,8 +79,15 @@ def test_the_second_error_is_raised() -> None:
         calls.append(1)
         raise torch.OutOfMemoryError("short")
 
-    with pytest.raises(torch.OutOfMemoryError):
-        retried(work, "work")
-    assert len(calls) == 2
-    with pytest.raises(ValueError, match="other"):
-        retried(lambda: (_ for _ in ()).throw(ValueError("other")), "work")
+    def attempts(*, is_last: bool) -> None:
+        with first_attempt("work", is_last=is_last):
+            return work()
+        return work()
+
+    for is_last, number in ((False, 2), (True, 1)):
+        calls.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            attempts(is_last=is_last)
+        assert len(calls) == number
+    with pytest.raises(ValueError, match="other"), first_attempt("work"):
+        raise ValueError("other")

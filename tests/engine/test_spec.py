@@ -266,7 +266,7 @@ def test_random_machines_and_wishes(geometry: Geometry, name: str) -> None:
 def test_pages_that_are_larger_than_states(geometry: Geometry) -> None:
     config = geometry["tiny-dev"]
     settings: dict[str, Any] = {"block_size": 16384, "max_num_seqs": 4096, "max_num_batched_tokens": 4096}
-    smallest = weight_bytes(config, 2) + 800 * MIB
+    smallest = weight_bytes(config, 2) + 2 * GIB
     fitting = 0
     for available in range(smallest, smallest + 5 * GIB, 8 * MIB):
         try:

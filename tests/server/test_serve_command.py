@@ -145,7 +145,7 @@ def test_a_choice_that_cannot_be_met_is_one_sentence() -> None:
     for flags, message in (
         (("/no/such/folder",), "no folder /no/such/folder"),
         (("--quantization", "gptq"), "--quantization is 'gptq'; it must be one of int8, int4, int4-g32, fp8."),
-        (("--tensor-parallel-size", "2"), "2 is not supported yet"),
+        (("--tensor-parallel-size", "3"), "tensor_parallel_size"),
         (("--kernels", "linear=magic"), "magic"),
     ):
         done = subprocess.run((*COMMAND, "--port", "0", *flags), capture_output=True, text=True, timeout=120)
