@@ -177,8 +177,9 @@ class Killer:
                 was_early = is_early
                 self._open.append((time.monotonic(), is_early))
                 next_kill = time.monotonic() + self._draw.uniform(*self._gap)
-                while is_ready and (await self._http.get("/ready")).status_code == 200:
-                    pass  # The server has not noticed the death of the engine yet, so the loop asks again.
+                # The loop asks until the server has noticed the death of the engine, or has started another one.
+                while is_ready and processes().get("engine.process") in (pid, None):
+                    is_ready = (await self._http.get("/ready")).status_code == 200
 
     def _event_since(self, moment: float) -> bool:
         """Returns whether an event of some stream has arrived after the time `moment`."""

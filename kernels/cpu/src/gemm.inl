@@ -83,9 +83,19 @@ void store_float_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     }
 }
 
-// Writes the sums of a tile to y. This function is inlined, so that the accumulators `c` can stay in registers.
+// Accumulators must stay in registers during the multiplication. On x86-64 they do if `store_tile` is inlined. On ARM they
+// do if `store_tile` is a function of its own that gets a copy.
+#if defined(LEVEL_NEON) || defined(ROW_PAIRS)
+#define INLINE_STORE
+constexpr bool STORES_A_COPY = true;
+#else
+#define INLINE_STORE INLINE
+constexpr bool STORES_A_COPY = false;
+#endif
+
+// Writes the sums of a tile to y.
 template <class T, int MR, int NV>
-INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
+INLINE_STORE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     const Product<T>& p = *a.product;
     if (p.sums) {
         Vec sums[MR][NV];
@@ -191,8 +201,7 @@ void tile(const TileArguments<T>& a) {
             multiply_step<W, MR, NS>(c, reader, x, w, offset, end);
         }
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
-        // `c` is stored as it is where that is possible: a copy would take it from registers to memory.
-        if constexpr (SEPARATE_ROWS && !R::SCALED) return store_tile<T, MR, VECTORS * NS>(c, a);
+        if constexpr (!STORES_A_COPY && !R::SCALED) return store_tile<T, MR, VECTORS * NS>(c, a);
         Vec sums[MR][VECTORS * NS];
         separate_rows<MR, VECTORS * NS>(c, sums);
         if constexpr (!R::SCALED) return store_tile<T, MR, VECTORS * NS>(sums, a);
@@ -465,3 +474,5 @@ void multiply(const Product<T>& p) {
     pack_parts(all, [](const Product<T>&, int64_t, int64_t) {});
     multiply_parts(all);
 }
+
+#undef INLINE_STORE

@@ -12,7 +12,6 @@ constexpr int MAX_ROWS = 2, ACCUMULATORS = 4;  // The emulation need not be fast
 // `row_pairs.inl` defines how pairs of rows are multiplied and added.
 using PackedX = uint32_t;
 constexpr int64_t X_PER_PAIR = 1, X_NEIGHBOURS = 2;
-constexpr bool SEPARATE_ROWS = false;
 // The number of rows of accumulators of a tile of `rows` rows. Rows 2 i and 2 i + 1 of the tile share two vectors for
 // each WIDTH columns: the first has their sums of the columns 0 and 1, and the second those of the columns 2 and 3.
 constexpr int sum_rows(int rows) { return (rows + 1) / 2 * 2; }
@@ -151,7 +150,6 @@ INLINE void interleave_pairs(const T* x, int64_t n, PackedX* out, int64_t rows) 
 #ifndef ROW_PAIRS
 constexpr int64_t X_NEIGHBOURS = 1;
 constexpr int sum_rows(int rows) { return rows; }
-constexpr bool SEPARATE_ROWS = true;
 
 // Multiplies one step, and moves to the next one.
 template <class W, int MR, int NS>
