@@ -29,4 +29,4 @@ def first_attempt(what: str, *, is_last: bool = False) -> Generator[None]:
     else:
         return
     gc.collect()
-    torch.cuda.empty_cache()  # does nothing if CUDA is not in use
+    torch.cuda.empty_cache()  # This call does nothing if CUDA is not in use.

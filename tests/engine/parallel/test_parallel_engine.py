@@ -91,7 +91,7 @@ def test_a_grammar_that_cannot_be_compiled_and_an_abort(folder: Path, expected: 
         assert replies(core, [bad])["bad"].finish_reason == "error"
         grammar = Request(id="gone", prompt=PROMPTS[0], params=SamplingParams(max_tokens=5, grammar=GRAMMAR))
         core.inbox.submit([grammar, Request(id="also gone", prompt=PROMPTS[0], params=GREEDY)])
-        core.inbox.abort(["gone", "also gone"])  # before a step has taken them
+        core.inbox.abort(["gone", "also gone"])  # The requests are aborted before a step has taken them.
         pinned = Request(id="pinned", prompt=PROMPTS[3], params=GREEDY, cache=CacheUse(pin_seconds=0.0))
         replies(core, [pinned])
         running_one = Request(id="running", prompt=PROMPTS[1], params=msgspec.structs.replace(GREEDY, max_tokens=50))

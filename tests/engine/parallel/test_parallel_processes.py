@@ -85,7 +85,7 @@ async def test_a_hung_rank_ends_with_the_engine_timeout(config: EngineConfig) ->
     engine = EngineClient(msgspec.structs.replace(config, tensor_parallel_size=2), engine_timeout=2.0)
     await engine.start()
     before = processes(engine)
-    os.kill(before[1], signal.SIGSTOP)  # the other one now waits for it
+    os.kill(before[1], signal.SIGSTOP)  # The other rank waits for the stopped one now.
     await answers(engine)
     assert engine.supervision.restarts["step_timeout"] == 1
     await all_end(before)
