@@ -7,6 +7,8 @@
 // piece of work checks the configuration first.
 #include "amx.h"
 
+#include <type_traits>
+
 #if JAMBA_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -35,6 +37,7 @@ using namespace avx512;
 #include "entries.inl"
 #include "amx_tiles.inl"
 #include "amx.inl"
+#include "amx_work.inl"
 #undef DOT_PRODUCTS
 #undef LEVEL_AVX512
 #undef LEVEL_AMX

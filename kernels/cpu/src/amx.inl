@@ -7,13 +7,23 @@
 //
 // Quantised weights are converted to bf16 tiles first, once for all rows of a block. Each group of such a weight begins
 // with a new step. Elements that are missing in the last step of a group, or of K, count as zeros.
+//
+// With many rows, the time of a product is the time in which tiles come from the caches. A core's L1 cache feeds the tiles
+// twice as fast as its L2 cache, and that ten times as fast as memory. So the input rows are copied, so that the
+// tiles of a block of MAX_ROWS rows are adjacent; a part of a product has only as many rows, and a pass over K is only as
+// long, as the L2 cache has room for; and all blocks of a part use the same SPAN steps of weights, which stay in the L1
+// cache, while the next SPAN steps are prefetched into the L2 cache. Sums that a block does not keep in tiles meanwhile
+// are stored, which changes no bit.
 constexpr int64_t STEP = 32, STEP_PAIRS = STEP / 2, STEP_BYTES = STEP * PANEL * 2;
 constexpr int64_t MAX_ROWS = 2 * TILE_ROWS, SUMS = MAX_ROWS * PANEL;  // rows, and sums, that are computed together
-constexpr int64_t SPAN = 16;  // the number of steps of quantised weights that are converted at once
+constexpr int64_t SPAN = 8;
+constexpr int64_t FEW_BLOCKS = 2;  // up to so many blocks of rows, the blocks walk along all of K one after the other
+constexpr int64_t PASS_STEPS = 80;  // the largest number of steps of a pass over K if there are more blocks
+constexpr int64_t MOST_BLOCKS = 16;  // the largest number of blocks of rows in a part
 // The approximate size of a piece of work: the bytes of its weights times the number of blocks of MAX_ROWS rows.
 constexpr int64_t PIECE_BYTES = 1 << 17;
 // The approximate number of bytes of input rows that stay in the cache while all panels pass.
-constexpr int64_t X_BLOCK_BYTES = 1 << 20;
+constexpr int64_t X_BLOCK_BYTES = 5 << 18;
 
 // The struct `Layout` says how K is divided into steps.
 struct Layout {
@@ -25,25 +35,68 @@ struct Layout {
         steps = (groups - 1) * group_steps + ceil_div(w.group_pairs(groups - 1), STEP_PAIRS);
         whole_steps = w.k % STEP == 0 && (groups == 1 || w.group_size % STEP == 0);
     }
+    // Returns the number of steps of a pass over K. If there are several groups, a pass ends with a group.
+    int64_t pass_steps(int64_t blocks) const {
+        if (blocks <= FEW_BLOCKS || steps <= PASS_STEPS) return steps;
+        const int64_t length = ceil_div(steps, ceil_div(steps, PASS_STEPS));
+        return group_steps < steps ? ceil_div(length, group_steps) * group_steps : length;
+    }
 };
 
-// The struct `Part` is a part of a matrix product: some of its rows, with all panels. `x` has the rows of the part with
-// all steps, `x_stride` elements apart, and `sums` has the sum of each row of x over each group of the weight if the
-// weight has offsets or zeros. The threads share the part in pieces of `grain` panels.
+// The struct `Part` is a part of a matrix product: some of its rows, with all panels. The threads share the part in pieces
+// of `grain` panels.
 struct Part {
     Product<bf16> product;
+    // The rows of the part with all steps. If `copied` is true, the rows of each block of MAX_ROWS rows are stored in the
+    // order [step][row][STEP]. Otherwise they are rows of the input, `x_stride` elements apart.
     const bf16* x;
     int64_t x_stride;
-    const float* sums;
+    bool copied;
+    const float* sums;  // the sum of each row of x over each group of the weight, if the weight has offsets or zeros
     int64_t row, rows, grain, pieces_before;
+    // If a pass has fewer steps than K, `stored` has memory for the sums of all panels between two passes: [panel][block]
+    // [row][column].
+    int64_t pass_steps;
+    float* stored;
+
+    int64_t blocks() const { return ceil_div(rows, MAX_ROWS); }
+    int64_t block_rows(int64_t block) const {
+        const int64_t left = rows - block * MAX_ROWS;
+        return left < MAX_ROWS ? left : MAX_ROWS;
+    }
+    // Returns the address of a block's first row at a step, and how many elements lie between two rows and two steps.
+    const bf16* block_x(int64_t block, int64_t step, int64_t steps, int64_t* between_rows, int64_t* between_steps) const {
+        *between_rows = copied ? STEP : x_stride, *between_steps = copied ? block_rows(block) * STEP : STEP;
+        return x + block * MAX_ROWS * (copied ? steps * STEP : x_stride) + step * *between_steps;
+    }
 };
 
-// Adds steps to the sums of up to MAX_ROWS rows and a panel. If `is_first`, the sums begin with zeros; otherwise they
-// begin with the contents of `sums`.
-inline void add_steps(TileSet& set, const bf16* x, int64_t x_stride, int64_t rows, const char* weights, int64_t steps,
-                      bool is_first, int64_t ahead, float* sums) {
+// The struct `Next` is memory that is prefetched while a block adds steps: `lines` cache lines for each step.
+struct Next {
+    const char* memory;
+    int64_t lines;
+    bool near;  // whether the memory is needed so soon that it is prefetched into the L1 cache
+};
+
+INLINE void prefetch_next(const Next& next, int64_t step) {
+    const char* const memory = next.memory + step * next.lines * 64;
+    if (next.near) {
+        for (int64_t i = 0; i < next.lines; i++) __builtin_prefetch(memory + i * 64, 0, 3);
+    } else {
+        for (int64_t i = 0; i < next.lines; i++) __builtin_prefetch(memory + i * 64, 0, 2);
+    }
+}
+
+// Adds `steps` steps to the sums of a block of up to MAX_ROWS rows and a panel, from step `step` on. If `is_first`, the
+// sums begin with zeros; otherwise they begin with the contents of `sums`.
+inline void add_steps(TileSet& set, const Part& part, int64_t block, int64_t step, int64_t all_steps, const char* weights,
+                      int64_t steps, bool is_first, Next next, float* sums) {
     constexpr int64_t ROW = PANEL * 4, BELOW = TILE_ROWS * PANEL;
+    const int64_t rows = part.block_rows(block);
     const bool two = rows > TILE_ROWS;
+    int64_t between_rows, between_steps;
+    const bf16* x = part.block_x(block, step, all_steps, &between_rows, &between_steps);
+    TILE_INPUTS_WRITTEN();
     set.configure(rows);
     if (is_first) {
         TILE_ZERO(set, 0);
@@ -60,17 +113,15 @@ inline void add_steps(TileSet& set, const bf16* x, int64_t x_stride, int64_t row
             TILE_LOAD(set, 3, sums + BELOW + 16, ROW);
         }
     }
-    for (int64_t step = 0; step < steps; step++, x += STEP, weights += STEP_BYTES) {
+    for (int64_t i = 0; i < steps; i++, x += between_steps, weights += STEP_BYTES) {
         TILE_LOAD(set, 6, weights, PANEL * 4);
+        TILE_LOAD(set, 4, x, between_rows * 2);
         TILE_LOAD(set, 7, weights + TILE_BYTES, PANEL * 4);
-        TILE_LOAD(set, 4, x, x_stride * 2);
-        if (ahead) {
-            for (int64_t i = 0; i < STEP_BYTES; i += 64) __builtin_prefetch(weights + ahead + i, 0, 3);
-        }
         TILE_PRODUCT(set, 0, 4, 6);
+        if (two) TILE_LOAD(set, 5, x + TILE_ROWS * between_rows, between_rows * 2);
+        prefetch_next(next, i);
         TILE_PRODUCT(set, 1, 4, 7);
         if (two) {
-            TILE_LOAD(set, 5, x + TILE_ROWS * x_stride, x_stride * 2);
             TILE_PRODUCT(set, 2, 5, 6);
             TILE_PRODUCT(set, 3, 5, 7);
         }
@@ -94,25 +145,6 @@ inline void write_rows(const Product<bf16>& p, int64_t panel, int64_t row, int64
             if (p.sums) put(p.sums + (row + m) * p.y_stride + column, sum, n);
             else put(p.y + (row + m) * p.y_stride + column, p.bias ? sum + bias : sum, n);
         }
-    }
-}
-
-inline void multiply_plain(TileSet& set, const Part& part, int64_t panel, int64_t ahead) {
-    const Weights& w = part.product.weights;
-    const char* const weights = w.panels + panel * panel_bytes<bf16>(w);
-    const int64_t full = w.pairs() / STEP_PAIRS, rest = w.pairs() % STEP_PAIRS;
-    alignas(64) char last[STEP_BYTES];
-    alignas(64) float sums[SUMS];
-    if (rest) {
-        std::memcpy(last, weights + full * STEP_BYTES, rest * PAIR_BYTES<bf16>);
-        std::memset(last + rest * PAIR_BYTES<bf16>, 0, STEP_BYTES - rest * PAIR_BYTES<bf16>);
-    }
-    for (int64_t m = 0; m < part.rows; m += MAX_ROWS) {
-        const int64_t rows = part.rows - m < MAX_ROWS ? part.rows - m : MAX_ROWS;
-        const bf16* const x = part.x + m * part.x_stride;
-        if (full) add_steps(set, x, part.x_stride, rows, weights, full, true, ahead, sums);
-        if (rest) add_steps(set, x + full * STEP, part.x_stride, rows, last, 1, !full, 0, sums);
-        write_rows(part.product, panel, part.row + m, rows, sums);
     }
 }
 
@@ -187,200 +219,102 @@ inline void add_group(const Part& part, const Run& run, int64_t row, int64_t row
     }
 }
 
-template <class W>
-void multiply_quantized(TileSet& set, const Part& part, int64_t panel, int64_t ahead) {
-    const Weights& w = part.product.weights;
-    const char* const weights = w.panels + panel * panel_bytes<bf16>(w);
-    const Layout layout(w);
-    const int64_t blocks = ceil_div(part.rows, MAX_ROWS);
-    auto* const sums = static_cast<float*>(scratch(4, SPAN * STEP_BYTES + 2 * blocks * SUMS * 4));
-    float* const totals = sums + blocks * SUMS;
-    char* const tiles = (char*)(totals + blocks * SUMS);
+// The struct `Span` is some neighbouring steps of a panel, which all blocks of a part use one after the other.
+struct Span {
+    int64_t first, end;  // numbers of steps
+    const char* weights;  // the tiles
     Run runs[SPAN];
-    for (int64_t start = 0; start < layout.steps;) {
-        const int64_t end = start + SPAN < layout.steps ? start + SPAN : layout.steps, span = start;
-        int64_t count = 0;
-        while (start < end) {
-            Run& run = runs[count++];
-            run.group = start / layout.group_steps, run.first = start % layout.group_steps;
-            const int64_t left = ceil_div(w.group_pairs(run.group), STEP_PAIRS) - run.first;
-            run.is_last = left <= end - start;
-            run.steps = run.is_last ? left : end - start;
-            convert_run<W>(w, weights, run, ahead, tiles + (start - span) * STEP_BYTES);
-            start += run.steps;
-        }
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t m = block * MAX_ROWS, rows = part.rows - m < MAX_ROWS ? part.rows - m : MAX_ROWS;
-            const bf16* x = part.x + m * part.x_stride + span * STEP;
-            const char* from = tiles;
-            for (const Run* run = runs; run < runs + count; run++) {
-                add_steps(set, x, part.x_stride, rows, from, run->steps, !run->first, 0, sums + block * SUMS);
-                x += run->steps * STEP, from += run->steps * STEP_BYTES;
-                if (run->is_last) add_group(part, *run, m, rows, sums + block * SUMS, totals + block * SUMS);
-            }
-            if (end == layout.steps) write_rows(part.product, panel, part.row + m, rows, totals + block * SUMS);
-        }
-    }
-}
+    int64_t count;  // the number of runs
 
-inline void multiply_panels(const Part& part, int64_t panel, int64_t end) {
-    TileSet set;
-    const int64_t ahead = prefetch_distance();
-    for (; panel < end; panel++) {
-        switch (part.product.weights.kind) {
-            case Kind::plain: multiply_plain(set, part, panel, ahead); break;
-            case Kind::int8: multiply_quantized<Int8>(set, part, panel, ahead); break;
-            case Kind::uint8: multiply_quantized<UInt8>(set, part, panel, ahead); break;
-            case Kind::fp8: multiply_quantized<Fp8>(set, part, panel, ahead); break;
-#if !defined(LEVEL_AVX512) && !defined(DOT_PRODUCTS)
-            case Kind::int4: multiply_quantized<Int4>(set, part, panel, ahead); break;
-            case Kind::uint4: multiply_quantized<UInt4>(set, part, panel, ahead); break;
-#endif
-            default: multiply_quantized<Table4>(set, part, panel, ahead); break;
-        }
-    }
-}
-
-// Copies one row of x, and fills its incomplete steps with zeros.
-inline void copy_row(const Weights& w, const Layout& layout, const bf16* x, bf16* out) {
-    const int64_t inputs = 2 * w.group_pairs(), whole = layout.group_steps * STEP;
-    std::memset(out, 0, layout.steps * STEP * sizeof(bf16));
-    for (int64_t start = 0; start < w.k; start += inputs, out += whole) {
-        std::memcpy(out, x + start, (w.k - start < inputs ? w.k - start : inputs) * sizeof(bf16));
-    }
-}
-
-// Computes the sum of one row of x over each group. Every 16th element of a group is added in ascending order, and then
-// the 16 partial sums are added in halves.
-inline void sum_row(const Weights& w, const bf16* x, float* sums) {
-    for (int64_t start = 0; start < w.k; start += w.group_size) {
-        const int64_t end = w.k - start < w.group_size ? w.k : start + w.group_size;
-        float parts[16] = {};
-        for (int64_t k = start; k < end; k++) parts[(k - start) % 16] += to_float(x[k]);
-        for (int64_t half = 8; half; half /= 2) {
-            for (int64_t i = 0; i < half; i++) parts[i] += parts[i + half];
-        }
-        *sums++ = parts[0];
-    }
-}
-
-// The struct `Work` is a list of parts, and the memory for the copies of their input rows.
-struct Work {
-    Part* parts;
-    char* memory;
-    int64_t count = 0, pieces = 0;
-
-    // Returns the number of bytes of memory that `rows` rows of x may need.
-    static int64_t row_bytes(const Weights& w, int64_t rows) {
-        const int64_t copied = Layout(w).steps * STEP * 2;
-        return rows * (copied + (w.shift == Shift::none ? 0 : w.groups() * 4));
-    }
-
-    // Returns the largest number of parts into which the method `add` divides a product.
-    static int64_t parts_of(const Product<bf16>& p, int64_t least) {
-        const int64_t blocks = ceil_div(p.m, MAX_ROWS), by_size = ceil_div(row_bytes(p.weights, p.m), X_BLOCK_BYTES);
-        const int64_t wanted = least > by_size ? least : by_size;
-        return wanted < 1 ? 1 : wanted > blocks ? blocks : wanted;
-    }
-
-    // Divides a product by rows into at least `least` parts, if it has enough rows, and copies the rows of x where the
-    // tiles cannot use them as they are.
-    void add(const Product<bf16>& p, int64_t least) {
-        const Weights& w = p.weights;
-        const Layout layout(w);
-        const bool copies = p.rows || !layout.whole_steps, shifts = w.quantized() && w.shift != Shift::none;
-        const int64_t stride = copies ? layout.steps * STEP : p.x_stride, groups = w.groups();
-        auto* const copy = (bf16*)memory;
-        auto* const sums = (float*)(memory + (copies ? p.m * stride * 2 : 0));
-        memory = (char*)(sums + (shifts ? p.m * groups : 0));
-        if (copies || shifts) {
-            parallel_for(p.m, ceil_div(1 << 14, w.k), [&](int64_t m, int64_t end) {
-                for (; m < end; m++) {
-                    const bf16* const x = p.x + (p.rows ? p.rows[m] : m) * p.x_stride;
-                    if (copies) copy_row(w, layout, x, copy + m * stride);
-                    if (shifts) sum_row(w, x, sums + m * groups);
-                }
-            });
-        }
-        const int64_t panels = ceil_div(p.n, PANEL), share = ceil_div(panels, num_threads());
-        const int64_t blocks = ceil_div(p.m, MAX_ROWS), number = parts_of(p, least);
-        for (int64_t i = 0; i < number; i++) {
-            const int64_t row = blocks * i / number * MAX_ROWS, next = blocks * (i + 1) / number * MAX_ROWS;
-            const int64_t rows = (next < p.m ? next : p.m) - row;
-            const int64_t grain = ceil_div(PIECE_BYTES, panel_bytes<bf16>(w) * ceil_div(rows, MAX_ROWS));
-            parts[count++] = {p, (copies ? copy : p.x) + row * stride, stride, shifts ? sums + row * groups : nullptr,
-                              row, rows, grain < share ? grain : share, pieces};
-            pieces += ceil_div(panels, parts[count - 1].grain);
-        }
-    }
-
-    void run() const {
-        const auto pieces_before = [&](int64_t i) { return i < count ? parts[i].pieces_before : pieces; };
-        parallel_for_parts(count, pieces_before, [&](int64_t i, int64_t first, int64_t last) {
-            const Part& part = parts[i];
-            const int64_t panels = ceil_div(part.product.n, PANEL);
-            const int64_t panel_end = last * part.grain < panels ? last * part.grain : panels;
-            multiply_panels(part, first * part.grain, panel_end);
-        });
-    }
+    bool is_last(const Layout& layout) const { return end == layout.steps; }
 };
 
-inline void multiply(const Product<bf16>& p) {
-    if (p.m == 0) return;
-    // A product with few columns is divided by rows into more parts than the cache size requires, so that all threads
-    // have work.
-    const int64_t threads = num_threads(), least = threads > 1 ? ceil_div(4 * threads, ceil_div(p.n, PANEL)) : 1;
-    auto* const parts = static_cast<Part*>(scratch(1, Work::parts_of(p, least) * int64_t(sizeof(Part))));
-    Work work{parts, static_cast<char*>(scratch(0, Work::row_bytes(p.weights, p.m)))};
-    work.add(p, least);
-    work.run();
+// Divides a span of a quantised weight into runs, and converts them to tiles in `tiles`.
+template <class W>
+void convert_span(const Weights& w, const Layout& layout, const char* weights, int64_t ahead, Span& span, char* tiles) {
+    span.weights = tiles, span.count = 0;
+    for (int64_t start = span.first; start < span.end;) {
+        Run& run = span.runs[span.count++];
+        run.group = start / layout.group_steps, run.first = start % layout.group_steps;
+        const int64_t left = ceil_div(w.group_pairs(run.group), STEP_PAIRS) - run.first;
+        run.is_last = left <= span.end - start;
+        run.steps = run.is_last ? left : span.end - start;
+        convert_run<W>(w, weights, run, ahead, tiles + (start - span.first) * STEP_BYTES);
+        start += run.steps;
+    }
 }
 
-// Computes a layer of experts, as the function `mix_experts` in `experts.inl` does.
-inline void mix_experts(const Experts<bf16>& e) {
-    const int64_t entries = e.tokens * e.top_k, wide = 2 * e.inner;
-    const int64_t first_bytes = Work::row_bytes(e.gate_up, entries), second_bytes = Work::row_bytes(e.down, entries);
-    // Each expert with tokens has a part for each megabyte of its rows, and at least one part.
-    const int64_t bytes = first_bytes > second_bytes ? first_bytes : second_bytes;
-    const int64_t most = (e.experts < entries ? e.experts : entries) + bytes / X_BLOCK_BYTES + 1;
-    auto* const memory = static_cast<char*>(scratch(1, most * int64_t(sizeof(Part)) + (2 * entries + e.experts + 1) * 4));
-    const Order order = sort_entries(e, reinterpret_cast<int32_t*>(memory + most * sizeof(Part)));
-    auto* const hidden = static_cast<bf16*>(scratch(2, entries * wide * 2));
-    void* const outputs = scratch(3, entries * e.hidden * (e.sums ? 4 : 2));
-    auto* const copies = static_cast<char*>(scratch(0, bytes));
-
-    auto each_expert = [&](const auto& product) {
-        Work work{reinterpret_cast<Part*>(memory), copies};
-        for (int64_t i = 0; i < e.experts; i++) {
-            const int64_t start = order.starts[i], size = order.starts[i + 1] - start;
-            if (size) work.add(product(i, start, size), 1);
-        }
-        work.run();
-    };
-    auto of_expert = [](Weights all, int64_t n, int64_t i) {
-        all.panels += i * ceil_div(n, PANEL) * panel_bytes<bf16>(all);
-        return all;
-    };
-    each_expert([&](int64_t i, int64_t start, int64_t size) {
-        return Product<bf16>{e.x, e.x_stride, order.tokens + start, of_expert(e.gate_up, wide, i), nullptr,
-                             hidden + start * wide, wide, size, wide};
-    });
-    parallel_for(entries, 1 + 8192 / (e.inner + 1), [&](int64_t row, int64_t end) {
-        for (bf16* gate = hidden + row * wide; row < end; row++, gate += wide) {
-            silu_and_mul_row(gate, gate + e.inner, gate, e.inner);
-        }
-    });
-    each_expert([&](int64_t i, int64_t start, int64_t size) {
-        const int64_t first = start * e.hidden;
-        return Product<bf16>{hidden + start * wide, wide, nullptr, of_expert(e.down, e.hidden, i), nullptr,
-                             e.sums ? nullptr : static_cast<bf16*>(outputs) + first, e.hidden, size, e.hidden,
-                             e.sums ? static_cast<float*>(outputs) + first : nullptr};
-    });
-    if (e.sums) return add_sums<bf16>(e, order, static_cast<const float*>(outputs));
-    add_outputs(e, order, static_cast<const bf16*>(outputs));
+// Sets the addresses of a span of a weight in bf16, which has one run. Its tiles are used where they are, unless the last
+// step of K has to be filled with zeros.
+inline void place_span(const Weights& w, const Layout& layout, const char* weights, Span& span, char* tiles) {
+    span.weights = weights + span.first * STEP_BYTES, span.count = 1;
+    span.runs[0].group = 0, span.runs[0].first = span.first, span.runs[0].steps = span.end - span.first;
+    const int64_t bytes = (w.pairs() - span.first * STEP_PAIRS) * PAIR_BYTES<bf16>;
+    if (!span.is_last(layout) || w.pairs() % STEP_PAIRS == 0) return;
+    std::memcpy(tiles, span.weights, bytes);
+    std::memset(tiles + bytes, 0, (span.end - span.first) * STEP_BYTES - bytes);
+    span.weights = tiles;
 }
 
-#undef TILE_ZERO
-#undef TILE_LOAD
-#undef TILE_STORE
-#undef TILE_PRODUCT
+// Computes the steps `first` to `end` - 1 of a part for one panel.
+template <class W>
+void multiply_panel(TileSet& set, const Part& part, int64_t panel, int64_t first, int64_t end, int64_t ahead) {
+    constexpr bool PLAIN = std::is_same_v<W, bf16>;
+    const Weights& w = part.product.weights;
+    const Layout layout(w);
+    const int64_t blocks = part.blocks(), panels = ceil_div(part.product.n, PANEL), size = panel_bytes<bf16>(w);
+    const char* const weights = w.panels + panel * size;
+    const bool few = blocks <= FEW_BLOCKS, groups = layout.group_steps < layout.steps;
+    // A span of a weight in bf16 needs memory for tiles only if it has to be filled with zeros.
+    const int64_t length = PLAIN && few && layout.whole_steps ? end - first : SPAN;
+    auto* const memory = static_cast<float*>(scratch(4, SPAN * STEP_BYTES + 2 * blocks * SUMS * 4));
+    char* const tiles = (char*)(memory + 2 * blocks * SUMS);
+    float* const stored = part.stored + (part.stored ? panel * blocks * SUMS : 0);
+    float* const sums = part.stored && !groups ? stored : memory;
+    float* const totals = part.stored && groups ? stored : memory + blocks * SUMS;
+    const int64_t step_bytes = size / layout.steps;
+    Span span;
+    for (span.first = first; span.first < end; span.first = span.end) {
+        span.end = span.first + length < end ? span.first + length : end;
+        if constexpr (PLAIN) place_span(w, layout, weights, span, tiles);
+        else convert_span<W>(w, layout, weights, ahead, span, tiles);
+        const int64_t steps = span.end - span.first;
+        Next next{weights + span.end * step_bytes, ceil_div(step_bytes, 64 * blocks), false};
+        if (span.end == end) next.memory = weights + (panel + 1 < panels ? size : 0) + first * step_bytes;
+        if (few) next = {span.weights + ahead, PLAIN && ahead ? STEP_BYTES / 64 : 0, true};
+        for (int64_t block = 0; block < blocks; block++) {
+            const char* from = span.weights;
+            const int64_t rows = part.block_rows(block), row = block * MAX_ROWS;
+            Next own = next;
+            if (!few) own.memory += block * steps * next.lines * 64;
+            for (const Run* run = span.runs; run < span.runs + span.count; run++) {
+                const int64_t step = span.first + (from - span.weights) / STEP_BYTES;
+                add_steps(set, part, block, step, layout.steps, from, run->steps, !run->first, own, sums + block * SUMS);
+                from += run->steps * STEP_BYTES, own.memory += run->steps * own.lines * 64;
+                if (!PLAIN && run->is_last) add_group(part, *run, row, rows, sums + block * SUMS, totals + block * SUMS);
+            }
+            if (!span.is_last(layout)) continue;
+            write_rows(part.product, panel, part.row + row, rows, (PLAIN ? sums : totals) + block * SUMS);
+        }
+    }
+}
+
+// Computes the steps of K in pass number `pass` of a part for the panels `panel` to `panel_end` - 1.
+inline void multiply_panels(const Part& part, int64_t pass, int64_t panel, int64_t panel_end) {
+    TileSet set;
+    const int64_t ahead = prefetch_distance(), steps = Layout(part.product.weights).steps;
+    const int64_t first = pass * part.pass_steps, end = first + part.pass_steps < steps ? first + part.pass_steps : steps;
+    for (; panel < panel_end; panel++) {
+        switch (part.product.weights.kind) {
+            case Kind::plain: multiply_panel<bf16>(set, part, panel, first, end, ahead); break;
+            case Kind::int8: multiply_panel<Int8>(set, part, panel, first, end, ahead); break;
+            case Kind::uint8: multiply_panel<UInt8>(set, part, panel, first, end, ahead); break;
+            case Kind::fp8: multiply_panel<Fp8>(set, part, panel, first, end, ahead); break;
+#if !defined(LEVEL_AVX512) && !defined(DOT_PRODUCTS)
+            case Kind::int4: multiply_panel<Int4>(set, part, panel, first, end, ahead); break;
+            case Kind::uint4: multiply_panel<UInt4>(set, part, panel, first, end, ahead); break;
+#endif
+            default: multiply_panel<Table4>(set, part, panel, first, end, ahead); break;
+        }
+    }
+}

@@ -5,4 +5,5 @@
 namespace emulated {
 #include "amx_tiles.inl"
 #include "amx.inl"
+#include "amx_work.inl"
 }

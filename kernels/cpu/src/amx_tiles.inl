@@ -30,11 +30,16 @@ struct TileSet {
             config.bytes[t] = TILE_BYTES;
             config.rows[t] = t > 5 ? TILE_ROWS : t < 2 || t == 4 ? first : second;
         }
+        // The compiler does not know how much memory these instructions read and write.
+        asm volatile("" ::"r"(&config), "r"(&now) : "memory");
         if (!rows) _tile_storeconfig(&now);
+        asm volatile("" ::: "memory");
         if (rows || std::memcmp(&now, &config, sizeof(now))) _tile_loadconfig(&config);
         rows = wanted;
     }
 };
+// The compiler does not know that the instructions for tiles read memory. This macro makes it write everything before.
+#define TILE_INPUTS_WRITTEN() asm volatile("" ::: "memory")
 #define TILE_ZERO(set, t) _tile_zero(t)
 #define TILE_LOAD(set, t, address, stride) _tile_loadd(t, address, stride)
 #define TILE_STORE(set, t, address, stride) _tile_stored(t, address, stride)
@@ -107,6 +112,7 @@ struct TileSet {
         }
     }
 };
+#define TILE_INPUTS_WRITTEN()
 #define TILE_ZERO(set, t) (set).zero(t)
 #define TILE_LOAD(set, t, address, stride) (set).read(t, address, stride)
 #define TILE_STORE(set, t, address, stride) (set).write(t, address, stride)

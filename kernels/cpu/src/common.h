@@ -119,7 +119,7 @@ inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = fa
 }
 
 // Returns at least `bytes` bytes of scratch memory of the calling thread, aligned to 64 bytes. The thread keeps one
-// buffer for each `slot` (0..4) between calls. A buffer grows and never shrinks. If the body of a `parallel_for` needs
+// buffer for each `slot` (0..5) between calls. A buffer grows and never shrinks. If the body of a `parallel_for` needs
 // memory for each thread, the body itself must call this function, because each thread has buffers of its own.
 void* scratch(int slot, int64_t bytes);
 

@@ -23,7 +23,7 @@ struct Buffer {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
 };
-thread_local Buffer buffers[5];
+thread_local Buffer buffers[6];
 
 }  // namespace
 
