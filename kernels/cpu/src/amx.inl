@@ -169,6 +169,7 @@ INLINE void convert_pair(const Reader<W>& reader, const char* step, int pair, ch
 struct Run {
     int64_t group, first, steps;  // `first` counts from the beginning of the group
     bool is_last;                 // whether the run includes the last step of the group
+    bool is_whole() const { return first == 0 && is_last; }
     alignas(64) float scales[PANEL], shifts[PANEL];
 };
 
@@ -203,21 +204,61 @@ INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Adds the sums over a group to `totals`, multiplied by the group's scales, with what offsets or zeros add.
-inline void add_group(const Part& part, const Run& run, int64_t row, int64_t rows, const float* sums, float* totals) {
-    const Weights& w = part.product.weights;
-    for (int64_t m = 0; m < rows; m++) {
-        const Vec x = set(part.sums ? part.sums[(row + m) * w.groups() + run.group] : 0.0f);
-        for (int64_t c = 0; c < PANEL; c += WIDTH) {
+// Adds the sums over a group to `totals`, multiplied by the group's scales, with what offsets or zeros add. If FIRST is
+// true, the group is the first one of K, and the totals before it are zeros.
+template <Shift SHIFT, bool FIRST>
+INLINE void add_sums_of_group(const Part& part, const Run& run, int64_t row, int64_t rows, const float* sums,
+                              float* totals) {
+    const int64_t groups = part.product.weights.groups();
+    for (int64_t c = 0; c < PANEL; c += WIDTH) {
+        const Vec scale = load(run.scales + c), shift = SHIFT == Shift::none ? scale : load(run.shifts + c);
+        for (int64_t m = 0; m < rows; m++) {
             float* const total = totals + m * PANEL + c;
-            Vec sum = load(sums + m * PANEL + c), before = run.group ? load(total) : set(0.0f);
-            if (w.shift == Shift::zero) sum = multiply_add(load(run.shifts + c), x, sum);
-            before = multiply_add(load(run.scales + c), sum, before);
-            if (w.shift == Shift::offset) before = multiply_add(load(run.shifts + c), x, before);
+            Vec sum = load(sums + m * PANEL + c), before = FIRST ? set(0.0f) : load(total);
+            const Vec x = set(SHIFT == Shift::none ? 0.0f : part.sums[(row + m) * groups + run.group]);
+            if (SHIFT == Shift::zero) sum = multiply_add(shift, x, sum);
+            before = multiply_add(scale, sum, before);
+            if (SHIFT == Shift::offset) before = multiply_add(shift, x, before);
             store(total, before);
         }
     }
 }
+
+inline void add_group(const Part& part, const Run& run, int64_t row, int64_t rows, const float* sums, float* totals) {
+    const auto add = [&](auto first) {
+        constexpr bool FIRST = decltype(first)::value;
+        switch (part.product.weights.shift) {
+            case Shift::none: return add_sums_of_group<Shift::none, FIRST>(part, run, row, rows, sums, totals);
+            case Shift::offset: return add_sums_of_group<Shift::offset, FIRST>(part, run, row, rows, sums, totals);
+            case Shift::zero: return add_sums_of_group<Shift::zero, FIRST>(part, run, row, rows, sums, totals);
+        }
+    };
+    if (run.group) add(std::false_type{});
+    else add(std::true_type{});
+}
+
+// The struct `Group` adds the sums over groups to the totals, each only after the steps of the next group: the processor
+// then need not wait for the tiles of a group before it begins with the next one.
+struct Group {
+    const Part& part;
+    float* whole_groups;  // [2][SUMS]
+    int64_t turn;
+    const Run* run;  // the group that is not added yet, or null
+    int64_t row, rows;
+    const float* sums;
+    float* totals;
+
+    // Returns memory for the sums over a group. It is used again after the next group.
+    float* memory() { return whole_groups + (turn ^= 1) * SUMS; }
+    void add() {
+        if (run) add_group(part, *run, row, rows, sums, totals);
+        run = nullptr;
+    }
+    void next(const Run* own, int64_t own_row, int64_t own_rows, const float* own_sums, float* own_totals) {
+        add();
+        run = own, row = own_row, rows = own_rows, sums = own_sums, totals = own_totals;
+    }
+};
 
 // The struct `Span` is some neighbouring steps of a panel, which all blocks of a part use one after the other.
 struct Span {
@@ -267,12 +308,14 @@ void multiply_panel(TileSet& set, const Part& part, int64_t panel, int64_t first
     const bool few = blocks <= FEW_BLOCKS, groups = layout.group_steps < layout.steps;
     // A span of a weight in bf16 needs memory for tiles only if it has to be filled with zeros.
     const int64_t length = PLAIN && few && layout.whole_steps ? end - first : SPAN;
-    auto* const memory = static_cast<float*>(scratch(4, SPAN * STEP_BYTES + 2 * blocks * SUMS * 4));
-    char* const tiles = (char*)(memory + 2 * blocks * SUMS);
+    auto* const memory = static_cast<float*>(scratch(4, SPAN * STEP_BYTES + 2 * (blocks + 1) * SUMS * 4));
+    float* const whole_groups = memory + 2 * blocks * SUMS;  // for the sums over groups that are whole in a span
+    char* const tiles = (char*)(whole_groups + 2 * SUMS);
     float* const stored = part.stored + (part.stored ? panel * blocks * SUMS : 0);
     float* const sums = part.stored && !groups ? stored : memory;
     float* const totals = part.stored && groups ? stored : memory + blocks * SUMS;
     const int64_t step_bytes = size / layout.steps;
+    Group group{part, whole_groups, 0, nullptr, 0, 0, nullptr, nullptr};
     Span span;
     for (span.first = first; span.first < end; span.first = span.end) {
         span.end = span.first + length < end ? span.first + length : end;
@@ -289,10 +332,13 @@ void multiply_panel(TileSet& set, const Part& part, int64_t panel, int64_t first
             if (!few) own.memory += block * steps * next.lines * 64;
             for (const Run* run = span.runs; run < span.runs + span.count; run++) {
                 const int64_t step = span.first + (from - span.weights) / STEP_BYTES;
-                add_steps(set, part, block, step, layout.steps, from, run->steps, !run->first, own, sums + block * SUMS);
+                float* const in_run = run->is_whole() && groups ? group.memory() : sums + block * SUMS;
+                add_steps(set, part, block, step, layout.steps, from, run->steps, !run->first, own, in_run);
                 from += run->steps * STEP_BYTES, own.memory += run->steps * own.lines * 64;
-                if (!PLAIN && run->is_last) add_group(part, *run, row, rows, sums + block * SUMS, totals + block * SUMS);
+                if (!PLAIN && run->is_last) group.next(run, row, rows, in_run, totals + block * SUMS);
             }
+            if (!span.is_last(layout) && block + 1 < blocks) continue;
+            group.add();
             if (!span.is_last(layout)) continue;
             write_rows(part.product, panel, part.row + row, rows, (PLAIN ? sums : totals) + block * SUMS);
         }
