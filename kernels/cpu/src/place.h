@@ -4,6 +4,9 @@
 #pragma once
 #include "pool.h"
 
+// Asks for huge pages (see `pack.cpp`).
+extern "C" void use_huge_pages(void* memory, int64_t bytes);
+
 struct Placement {
     const Nodes* nodes;
     int64_t node;

@@ -23,6 +23,7 @@ struct Buffer {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
 };
+constexpr int64_t HUGE_PAGE = 1 << 21;
 thread_local Buffer buffers[6];
 
 }  // namespace
@@ -85,9 +86,13 @@ void* scratch(int slot, int64_t bytes) {
     Buffer& buffer = buffers[slot];
     if (buffer.size < bytes) {
         std::free(buffer.data);
-        buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-        buffer.data = std::aligned_alloc(4096, buffer.size);
+        // A large buffer has huge pages, because a cache holds all of their lines. Pages of 4 KB compete for the same lines
+        // by chance.
+        const int64_t page = bytes < HUGE_PAGE / 2 ? 4096 : HUGE_PAGE;
+        buffer.size = (bytes + bytes / 4 + page - 1) / page * page;
+        buffer.data = std::aligned_alloc(page, buffer.size);
         if (!buffer.data) std::abort();  // The process ends, because the kernels cannot report an error.
+        if (page == HUGE_PAGE) use_huge_pages(buffer.data, buffer.size);
     }
     return buffer.data;
 }
