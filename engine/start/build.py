@@ -53,7 +53,7 @@ from jamba_server.engine.start.tier_sizes import with_host_tier
 from jamba_server.engine.start.tiers import check_folder, make_cache, make_worker
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import EngineInfo
-from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes
+from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes, weight_bytes
 from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.cpu.library import library
@@ -220,8 +220,9 @@ def choose_steps(
     """Returns the number of prompt tokens in a step if the time of a step decides it. Raises ConfigError if max_step_ms
     is given for a GPU."""
     if device.type == "cpu":
-        shares = format_shares(model, policy)
-        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype, shares))
+        shares, weight_size = format_shares(model, policy), weight_bytes(model, dtype.itemsize, policy=policy)
+        measure = partial(measure_rates, kernels, dtype, shares, model, weight_size)
+        return choose_step_size(config, model, policy, dtype, measure)
     if config.max_step_ms is not None:
         raise ConfigError("max_step_ms is for CPUs; on a GPU, max_num_batched_tokens limits a step.")
     return None

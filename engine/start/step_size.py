@@ -17,7 +17,16 @@ from jamba_server.engine.quantization.stored import empty
 from jamba_server.engine.start.memory_plan import DEFAULT_BATCHED_TOKENS
 from jamba_server.engine.weight_sizes import step_bytes, weight_matrices
 from jamba_server.kernels.cpu.library import library, read_bandwidth
-from jamba_server.kernels.ops import Kernels, KernelUnavailable, QuantizedWeight
+from jamba_server.kernels.cpu.linear import Packer
+from jamba_server.kernels.ops import (
+    Kernels,
+    KernelUnavailable,
+    QuantizedWeight,
+    ScanInputs,
+    ScanWeights,
+    Segments,
+    StateSaves,
+)
 
 DEFAULT_STEP_MS: Final = 40
 """A step of this time keeps the first token of a short request within three times its time without other load, plus one
@@ -27,24 +36,35 @@ SMALLEST, LARGEST = 32, 512
 """The range of the numbers of prompt tokens that are chosen, and the distance between them. Steps of fewer tokens would
 read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens than in steps of 128,
 and a third longer in steps of 16. Steps of more tokens would hardly be faster per token."""
+DECODE_STEPS: Final = 4
+"""A step may take as long as so many decode steps, because a step of a large model cannot be shorter than the time in
+which it reads the weights. With the 3B shape on a processor with AMX, two decode steps leave time for 32 prompt tokens
+and half of the speed, and four leave time for 128 tokens and nine tenths of it."""
 MEASURING_SECONDS: Final = 0.025
 """The time for the measurement of the products, and for that of the bandwidth."""
 _SLOWEST: Final = 2e10
 """The rate of matrix products, in operations per second, that every machine is assumed to reach. A model whose steps
 are short enough at this rate is not measured."""
 _SHARE: Final = 0.5
-"""The share of the rate of matrix products that a whole step reaches. Measured shares are from 0.45 to 0.8."""
+"""The share of a step on such a machine that is products."""
+_OTHERS: Final = 4
+"""All that a step computes beside the products takes about so many times as long as its selective scans. It was
+measured with the shapes `small`, `moe` and `3b` on a processor with AMX, where that part is largest."""
 _LEAST: Final = 0.1
 """The least share of a model's operations for which products with the weights of a format are measured."""
-_ROWS, _INPUTS, _OUTPUTS = 64, 1024, 1024
-_BANDWIDTH_BYTES: Final = 64 << 20
+_ROWS, _INPUTS, _OUTPUTS, _SCAN_ROWS = 128, 1024, 1024, 32
+_LEAST_BYTES, _MOST_BYTES = 1 << 26, 1 << 28
+"""The bandwidth is that of reading as much memory as the weights have, within these bounds: caches may hold a part of
+it, as they may hold a part of the weights."""
 
 
 class Rates(NamedTuple):
-    """The measured rates of the machine: operations of matrix products per second, and bytes read per second."""
+    """The measured rates of the machine: operations of matrix products per second, bytes read per second, and the
+    seconds for a prompt token in which a step computes something else than products."""
 
     operations: float
     bandwidth: float
+    others: float = 0.0
 
 
 class StepSize(NamedTuple):
@@ -63,8 +83,8 @@ def choose_step_size(
 ) -> StepSize | None:
     """Returns the number of prompt tokens in a step on a CPU, or None if the options or the default decide.
 
-    A step of this number of tokens takes at most the larger of `max_step_ms` and twice the time in which a decode step
-    reads the weights. Where `SMALLEST` tokens take longer, the number is `SMALLEST`.
+    A step of this number of tokens takes about the larger of `max_step_ms` and the time of `DECODE_STEPS` decode steps.
+    Where `SMALLEST` tokens take longer, the number is `SMALLEST`.
     """
     if config.max_num_batched_tokens is not None:
         if config.max_step_ms is not None:
@@ -75,15 +95,17 @@ def choose_step_size(
     if config.max_step_ms is None and operations * DEFAULT_BATCHED_TOKENS["cpu"] < target * _SLOWEST * _SHARE:
         return None
     rates = measure()
-    decode = step_bytes(model, dtype.itemsize, policy=policy) / rates.bandwidth
-    limit = max(target, 2 * decode)
-    fitting = limit * rates.operations * _SHARE / operations
-    tokens = max(SMALLEST, min(LARGEST, int(fitting) // SMALLEST * SMALLEST))
+    # The smallest step already reads nearly all experts, as a decode step of as many sequences does.
+    reading = step_bytes(model, dtype.itemsize, num_sequences=SMALLEST, policy=policy) / rates.bandwidth
+    limit = max(target, DECODE_STEPS * reading)
+    of_token = operations / rates.operations + rates.others
+    fitting = round((limit - reading) / of_token / SMALLEST) * SMALLEST
+    tokens = max(SMALLEST, min(LARGEST, fitting))
     return StepSize(
         tokens,
-        f"{tokens} prompt tokens take about {1000 * tokens * operations / (rates.operations * _SHARE):.0f} ms, and a "
-        f"step may take {1000 * limit:.0f} ms, at {rates.operations / 1e12:.2f} TFLOP/s and "
-        f"{rates.bandwidth / 1e9:.0f} GB/s measured at the start",
+        f"{tokens} prompt tokens take about {1000 * (reading + tokens * of_token):.0f} ms, and a step may take "
+        f"{1000 * limit:.0f} ms, at {rates.operations / 1e12:.2f} TFLOP/s and {rates.bandwidth / 1e9:.0f} GB/s "
+        "measured at the start",
     )
 
 
@@ -109,22 +131,38 @@ def format_shares(model: JambaConfig, policy: QuantizationPolicy) -> Mapping[For
     return {form: count / sum(large.values()) for form, count in large.items()}
 
 
-def measure_rates(kernels: Kernels, dtype: torch.dtype, shares: Mapping[Format | None, float]) -> Rates:
-    """Measures the rates of this machine for about 50 ms, with the kernel for matrix products that was chosen. `shares`
-    has the formats of the weights, as `format_shares` returns them."""
+def measure_rates(
+    kernels: Kernels, dtype: torch.dtype, shares: Mapping[Format | None, float], model: JambaConfig, weight_bytes: int
+) -> Rates:
+    """Measures the rates of this machine with the kernels that were chosen. It takes about 50 ms, and about 0.2 s for a
+    large model, most of it for making memory to read. `shares` has the formats of the weights, as `format_shares`
+    returns them."""
     x = torch.ones(_ROWS, _INPUTS, dtype=dtype)
     seconds = 0.0
     for form, share in shares.items():
         weight = kernels.linear.pack(_zeros(form, dtype))
         seconds += share * _shortest(lambda weight=weight: kernels.linear(x, weight), MEASURING_SECONDS / len(shares))
-    memory = torch.zeros(_BANDWIDTH_BYTES, dtype=torch.uint8)
+    size = min(max(weight_bytes, _LEAST_BYTES), _MOST_BYTES) >> 20 << 20
     try:
-        native = library()
+        reading = read_bandwidth(library(), Packer().memory(size).zero_(), MEASURING_SECONDS)
     except KernelUnavailable:
-        reading = _BANDWIDTH_BYTES / _shortest(lambda: memory.view(torch.int64).sum(), MEASURING_SECONDS)
-    else:
-        reading = read_bandwidth(native, memory, MEASURING_SECONDS)
-    return Rates(2 * _ROWS * _INPUTS * _OUTPUTS / seconds, reading)
+        memory = torch.zeros(size // 8, dtype=torch.int64)
+        reading = size / _shortest(memory.sum, MEASURING_SECONDS)
+    return Rates(2 * _ROWS * _INPUTS * _OUTPUTS / seconds, reading, _OTHERS * _scan_seconds(kernels, dtype, model))
+
+
+def _scan_seconds(kernels: Kernels, dtype: torch.dtype, model: JambaConfig) -> float:
+    """Measures the seconds that the selective scans of all layers take for a prompt token."""
+    channels, states = model.d_inner, model.mamba_d_state
+    rows, group = torch.zeros(_SCAN_ROWS, channels, dtype=dtype), torch.zeros(_SCAN_ROWS, states, dtype=dtype)
+    inputs = ScanInputs(rows, rows, group, group, rows)
+    weights = ScanWeights(-torch.ones(channels, states), torch.ones(channels), torch.zeros(channels))
+    state, none = torch.zeros(1, channels, states), torch.empty(0, dtype=torch.int32)
+    saves = StateSaves(torch.zeros(2, dtype=torch.int32), none, none)
+    starts, slot = torch.tensor([0, _SCAN_ROWS], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    segments = Segments(starts, _SCAN_ROWS, slot, torch.tensor([False]), saves)
+    seconds = _shortest(lambda: kernels.selective_scan(inputs, weights, state, segments), MEASURING_SECONDS / 5)
+    return seconds / _SCAN_ROWS * len(model.mamba_layers)
 
 
 def _zeros(form: Format | None, dtype: torch.dtype) -> torch.Tensor | QuantizedWeight:
