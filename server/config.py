@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 from msgspec import Meta
 
@@ -33,6 +33,20 @@ from jamba_server.engine.config import (
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.files import read_text
 from jamba_server.engine.types import Pooling
+from jamba_server.server.option_values import (
+    DTYPE_ALIASES,
+    Count,
+    LogFormat,
+    LogLevel,
+    MetricsNames,
+    Number,
+    Port,
+    ReasoningParser,
+    Seconds,
+    Share,
+    ToolCallParser,
+    UnknownFields,
+)
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
@@ -42,26 +56,6 @@ CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # environment variable with the YAML fi
 # every container. These variables are not options of this server.
 _INJECTED_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 _INJECTED_VALUE = re.compile(r"(tcp|udp|sctp)://")
-
-Count = Annotated[int, Meta(ge=1)]
-Number = Annotated[int, Meta(ge=0)]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Seconds = Annotated[float, Meta(gt=0)]
-Share = Annotated[float, Meta(gt=0, le=1)]
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["text", "json"]
-UnknownFields = Literal["ignore", "reject"]
-ToolCallParser = Literal["auto", "jamba", "hermes", "none"]
-ReasoningParser = Literal["auto", "none"]
-
-# Pairs of two names for one number format: the name in torch or other servers, and the value of --dtype.
-DTYPE_ALIASES = (
-    ("fp16", "float16"),
-    ("half", "float16"),
-    ("bf16", "bfloat16"),
-    ("fp32", "float32"),
-    ("float", "float32"),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +176,9 @@ class ServerConfig:
         str | None, Help("server", "File that holds the server's URL while it runs, for health checks", "PATH")
     ] = None
     metrics_public: Annotated[bool, Help("server", "Serve /metrics without an API key")] = False
+    metrics_names: Annotated[
+        MetricsNames, Help("server", "Names in /metrics: vllm serves vLLM's names too, for routers that read them")
+    ] = "jamba"
     sse_keep_alive: Annotated[
         Seconds, Help("server", "Seconds of silence after which a stream gets a comment to stay open", "SECONDS")
     ] = 15.0

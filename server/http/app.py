@@ -114,7 +114,7 @@ def create_app(
         tokenizer=tokenizer,
         chat_template=chat_template,
         defaults=defaults,
-        metrics=Metrics(engine, model_name=config.served_model_name[0]),
+        metrics=Metrics(engine, model_name=config.served_model_name[0], names=config.metrics_names),
         demo=demo,
         version=package_version(),
         edge=Edge.of(config, lambda: engine.stats),
