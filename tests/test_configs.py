@@ -17,7 +17,8 @@ import yaml
 
 from jamba_server.engine.process.client import SupervisionStats
 from jamba_server.engine.types import EngineStats, TierStats
-from jamba_server.server.config import ServerConfig, load_config
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.config_sources import load_config
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.metrics import EdgeCollector
 from jamba_server.server.http.metrics import Metrics
