@@ -291,6 +291,10 @@ class ServerConfig:
     gpu_memory_utilization: Annotated[
         Share, Help("memory", "Share of the GPU's memory the server may use", "FRACTION")
     ] = 0.92
+    cpu_memory_bytes: Annotated[
+        Count | None,
+        Help("memory", "Memory for weights and caches on a CPU, such as 16GiB", "BYTES", "what is available"),
+    ] = None
     enforce_eager: Annotated[bool, Help("expert", "Launch kernels from Python instead of replaying graphs")] = False
     async_scheduling: Annotated[
         bool | None, Help("expert", "Start the next step before the last results are read", default="on for a GPU")
@@ -302,6 +306,9 @@ class ServerConfig:
         bool, Help("memory", "Share cached prefixes among all API keys; otherwise each key has prefixes of its own")
     ] = False
     enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
+    data_parallel_size: Annotated[
+        Count, Help("memory", "Engines with a copy of the model each, which share the requests and the machine")
+    ] = 1
     tensor_parallel_size: Annotated[
         Count, Help("memory", "Processes that divide the model among each other, each on its own GPU: 1, 2, 4 or 8")
     ] = 1

@@ -83,6 +83,7 @@ async def server_info(services: ServicesOf) -> Response:
         kernels=info.kernels,
         batch_invariant=not info.batch_dependent_ops,
         load_seconds=info.load_seconds,
+        data_parallel_size=services.config.data_parallel_size,
     )
     return json_response(reply)
 
