@@ -93,7 +93,9 @@ async def converse(url: str) -> Replies:
                 for turn in range(TURNS):
                     messages.append({"role": "user", "content": f"Tell me part {turn + 1} of story {number}."})
                     try:
-                        text = await chat(http, messages, found, stream=bool((number + turn) % 2))
+                        # The router's policy consistent_hash keeps requests with the same session on a server.
+                        session = {"x-session-id": f"conversation {number}"}
+                        text = await chat(http, messages, session, found, stream=bool((number + turn) % 2))
                     except (httpx.HTTPError, KeyError, ValueError) as error:
                         found.errors.append(f"conversation {number}, turn {turn}: {error!r}")
                         return
@@ -104,16 +106,18 @@ async def converse(url: str) -> Replies:
     return found
 
 
-async def chat(http: httpx.AsyncClient, messages: list[dict[str, str]], found: Replies, *, stream: bool) -> str:
+async def chat(
+    http: httpx.AsyncClient, messages: list[dict[str, str]], headers: dict[str, str], found: Replies, *, stream: bool
+) -> str:
     """Returns the reply to `messages`, and adds its numbers of tokens to `found`."""
     body: dict[str, Any] = {"model": "jamba-demo", "messages": messages, "max_tokens": REPLY_TOKENS, "temperature": 0}
     if not stream:
-        reply = (await http.post("/v1/chat/completions", json=body)).raise_for_status().json()
+        reply = (await http.post("/v1/chat/completions", json=body, headers=headers)).raise_for_status().json()
         text, usage = reply["choices"][0]["message"]["content"], reply["usage"]
     else:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         text, usage, done = "", {}, False
-        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 done = done or line == "data: [DONE]"
