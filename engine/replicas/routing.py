@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jamba_server.engine.replicas.known_prefixes import KnownPrefixes
 
-# A reply that is being computed counts as much work as this number of prompt tokens: it delays a new request, but it is
-# in no hurry. The number decides how many more replies than another engine one may have before a request leaves the
-# engine that knows its prefix. `benchmarks/results/routing.md` compares it with others.
+# A prompt token that must be computed because the engine has not cached it counts as this number of tokens that are
+# computed before. It delays the request itself, and all later ones: it takes time of the engine, and room in its cache.
+# A reply that is being computed counts as TOKENS_PER_REPLY such tokens. Both numbers were chosen by simulations on
+# traces; `benchmarks/results/routing.md` compares them with others.
+MISSING_WEIGHT = 4
 TOKENS_PER_REPLY = 64
+
+
+class Weights(NamedTuple):
+    """The weights of a prompt token that is missing in the cache, and of a reply that is being computed, in prompt
+    tokens that an engine has yet to compute for others."""
+
+    missing: int = MISSING_WEIGHT
+    reply: int = TOKENS_PER_REPLY
+
+
+DEFAULT = Weights()
 
 RouteReason = Literal["prefix", "load", "only"]
 # Why an engine was chosen: it knows the longest prefix of the prompt, it has the least to do, or no other is ready.
@@ -39,13 +52,14 @@ class Route:
 class Router:
     """Remembers which engine has computed which prefix.
 
-    A request goes to the engine that can probably begin its reply first: the one with the smallest sum of the prompt
-    tokens that are missing there, the work that it has already, and TOKENS_PER_REPLY for each reply. So a request
-    follows its prefix unless that engine has so much more to do that computing the prefix again elsewhere is quicker.
-    Between equal engines the longer prefix decides, then the smaller number of replies, then the number of the engine.
+    A request goes to the engine with the smallest sum of the prompt tokens that are missing there, the prompt tokens
+    that it has yet to compute for others, and its replies, with the `weights` of each. So a request follows its prefix
+    unless that engine has so much more to do that computing the prefix again elsewhere is worth it. Between equal
+    engines the longer prefix decides, then the smaller number of replies, then the number of the engine.
     """
 
-    def __init__(self, num_engines: int) -> None:
+    def __init__(self, num_engines: int, weights: Weights = DEFAULT) -> None:
+        self._weights = weights
         self._known = [KnownPrefixes() for _ in range(num_engines)]
 
     def forget(self, engine: int) -> None:
@@ -59,7 +73,7 @@ class Router:
 
         def cost(engine: int) -> tuple[int, int, int, int]:
             todo = work[engine]
-            total = missing[engine] + todo.prompt_tokens + TOKENS_PER_REPLY * todo.replies
+            total = self._weights.missing * missing[engine] + todo.prompt_tokens + self._weights.reply * todo.replies
             return total, missing[engine], todo.replies, engine
 
         best = min(ready, key=cost)

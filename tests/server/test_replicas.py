@@ -40,7 +40,7 @@ async def stream(client: AsyncOpenAI, number: int, opened: asyncio.Event, engine
     of the first request."""
     found: Reply = {}
     messages: Any = [{"role": "user", "content": f"{number}. {STORY}"}]
-    body = {"stream": True, "extra_body": {"ignore_eos": True}, **BODIES[number]}
+    body: Any = {"stream": True, "extra_body": {"ignore_eos": True}, **BODIES[number]}
     async for chunk in await client.chat.completions.create(model="jamba-demo", messages=messages, **body):
         opened.set()
         for choice in chunk.choices:
