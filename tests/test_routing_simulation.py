@@ -8,6 +8,8 @@ import pytest
 from benchmarks.cache.policies import ROWS as CACHES
 from benchmarks.cache.replay import Costs, Replay, Simulated, summarize
 from benchmarks.cache.traces import MIB, TOKENS, make_scheduler, sizes_of_small
+from benchmarks.routing.costs import CONTEXT, MODELS, Replica, config_of, replica, sizes_of
+from benchmarks.routing.costs import to_markdown as costs_page
 from benchmarks.routing.fleet import Fleet
 from benchmarks.routing.policies import OTHERS, ROWS, LongestPrefix, Shortest
 from benchmarks.routing.simulate import to_markdown
@@ -65,3 +67,30 @@ def test_the_page_names_its_model_and_its_seed() -> None:
     page = to_markdown("x", {"arguments": "-a", "commit": "c", "date": "d", "requests": 1, "rows": [row]})
     assert "with seed 1: 75% of the requests continue" in page
     assert "| chats | 2 | random | 50.0 | 1.00 | 2.00 | 1.00 |" in page
+
+
+def test_the_price_of_a_million_tokens() -> None:
+    """By hand: 2 GPUs at 3.60 dollars an hour are 0.2 cents a second, in which 1,000 tokens come."""
+    assert Replica("any", "bf16", 2, 1, 0.0, 0.0).dollars(1000, 3.6) == pytest.approx(2.0)
+
+
+def test_the_sizes_of_the_models() -> None:
+    sizes = {name: sizes_of(config_of(name)) for name in MODELS}
+    # Keys and values of KV heads with 128 numbers of 2 bytes each, in every attention layer.
+    assert {name: spec.kv_bytes_per_token for name, spec in sizes.items()} == {
+        "3B": 2 * 2 * 1 * 128 * 2,
+        "Mini": 4 * 2 * 8 * 128 * 2,
+        "Large": 9 * 2 * 8 * 128 * 2,
+    }
+    assert config_of("Large").num_parameters() / 1e9 == pytest.approx(398.6, abs=0.1)
+
+
+def test_what_fits_beside_the_weights_decides_the_number_of_sequences() -> None:
+    one, two = replica("Mini", "int8", 1), replica("Mini", "bf16", 2)
+    spec = sizes_of(config_of("Mini"))
+    each = spec.bytes_per_slot + CONTEXT * spec.kv_bytes_per_token
+    weights = 51.1 * 2**30  # docs/scale.md
+    assert one.sequences == pytest.approx((0.92 * 80e9 - 2e9 - weights) / each, abs=1)
+    assert two.sequences == 256
+    assert two.decode_rate > one.decode_rate
+    assert "**Nothing here was measured.**" in costs_page("x", 3.0)
