@@ -35,10 +35,13 @@ MOST_SEQUENCES = 256
 DECODE_SHARE, PREFILL_SHARE = 0.7, 0.5  # of the limit; these are targets, which no measurement has shown yet
 CONTEXT, CHUNK = 8192, 8192  # tokens of a sequence that decodes, and of a prompt and its chunks
 NETWORKS = {"25 Gbit/s": 25e9 / 8, "400 Gbit/s": 400e9 / 8}  # bytes a second
-LARGE = {
-    **SHAPES["mini"],
-    **{"hidden_size": 8192, "intermediate_size": 24576, "num_hidden_layers": 72},
-    **{"num_attention_heads": 64, "num_key_value_heads": 8, "mamba_dt_rank": 512},
+LARGE = SHAPES["mini"] | {
+    "hidden_size": 8192,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 72,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "mamba_dt_rank": 512,
 }
 MODELS = {"3B": SHAPES["3b"], "Mini": SHAPES["mini"], "Large": LARGE}
 # Model, format of the weights, and the number of GPUs of a replica.
@@ -138,8 +141,8 @@ Computed by `python -m benchmarks.routing.costs --name {name} --price {price:g}`
 
 * GPUs of {MEMORY / 1e9:g} GB, {GPU.bandwidth / 1e12:g} TB/s and {GPU.matmul / 1e12:g} TFLOP/s in bfloat16, at
   {price:g} dollars an hour each, which are busy all the time;
-* {DECODE_SHARE:.0%} of the limit for replies and {PREFILL_SHARE:.0%} for prompts, which are targets and no results, and no
-  time for exchanges between GPUs;
+* {DECODE_SHARE:.0%} of the limit for replies and {PREFILL_SHARE:.0%} for prompts, which are targets and no results;
+* no time for exchanges between GPUs;
 * {USED_SHARE:.0%} of the memory used, of which {ACTIVATIONS / 1e9:g} GB for activations, and as many sequences of
   {CONTEXT:,} tokens at a time as fit, but {MOST_SEQUENCES} at most.
 
