@@ -3,8 +3,8 @@
     python -m deploy.try_ray_serve
 
 Starts Ray and two replicas, sends a streamed chat, a conversation whose turns must stay on one replica, and chats from
-several clients; kills a replica, sends further chats until there are two replicas again; and stops everything. It is
-not a part of the tests, because Ray is not installed for them.
+several clients; kills a replica, sends further chats until there are two replicas again; lets chats wait until a
+replica is added; and stops everything. It is not a part of the tests, because Ray is not installed for them.
 """
 
 from __future__ import annotations
@@ -117,6 +117,19 @@ def main() -> None:
     say(f"statuses of the next ten chats: {json.dumps(statuses)}")
     until("there are two replicas again", lambda: len(servers()) == 2 and victim not in servers().values())
     until("8 chats of 8 clients", lambda: clients(8) == [200] * 8)
+
+    # A model for two sequences at a time, so that most of 16 chats wait.
+    serve.run(build({"min_replicas": 1, "max_replicas": 2, "options": "--threads 1 --max-num-seqs 2"}))
+    until("there is one replica", lambda: len(servers()) == 1)
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [
+            pool.submit(
+                chat, [{"role": "user", "content": f"{i}: Tell me a story."}], max_tokens=1500, ignore_eos=True, n=2
+            )
+            for i in range(16)
+        ]
+        until("a replica is added while chats wait", lambda: len(servers()) == 2)
+        check("all of them are answered", [reply.result().status_code for reply in waiting] == [200] * 16)
 
     serve.shutdown()
     until("after the stop no server is left", lambda: not servers())

@@ -79,6 +79,14 @@ async def test_a_conversation_stays_where_its_prefix_is(running: Engines) -> Non
     assert running.routed[1]["prefix"] == 1
 
 
+async def test_a_pin_ends_wherever_it_is(running: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    for engine in running.members:
+        monkeypatch.setattr(engine, "unpin", ended.append)
+    running.unpin("a")
+    assert ended == ["a", "a"]
+
+
 async def test_a_killed_engine_is_replaced_while_the_other_serves(running: Engines) -> None:
     streams: list[list[TokenUpdate]] = [[], []]
     victim, other = (engine.pid for engine in running.members)
