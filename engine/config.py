@@ -42,6 +42,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `numa` "split" divides them and the weights among the memory nodes of the machine, "none" does not, and "auto" does
     where there are several (`engine.start.processors`).
 
+    `cpu_memory_bytes` is the memory that weights, activations and caches may take on a CPU; None means all that is
+    available. On a GPU it has no effect.
+
     `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
     a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
     launches a step before the tokens of the last one are known; None means on a GPU only. It changes no token.
@@ -81,6 +84,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_cache_disk_bytes: int = DISK_BYTES
     block_size: int = 16
     gpu_memory_utilization: float = 0.92
+    cpu_memory_bytes: int | None = None
     enforce_eager: bool = False
     async_scheduling: bool | None = None
     enable_prefix_caching: bool = True

@@ -1,20 +1,16 @@
-"""Reads the options of the server. A flag wins over an environment variable, and an environment variable over a YAML
-file.
+"""The options of the server.
 
 An option is one field of `ServerConfig`. The field gives the flag (`--max-model-len`), the YAML key (`max_model_len`),
 the variable (`JAMBA_MAX_MODEL_LEN`), the allowed values and the help text. Options that the engine needs have the same
-name in `EngineConfig`.
+name in `EngineConfig`. The module `config_sources` reads the values.
 """
 
 from __future__ import annotations
 
-import difflib
-import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -31,37 +27,22 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.files import read_text
 from jamba_server.engine.types import Pooling
-from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
-
-logger = logging.getLogger(__name__)
-
-CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # environment variable with the YAML file's path if --config is not given
-# For each service whose name begins with "jamba", Kubernetes sets environment variables with such names and values in
-# every container. These variables are not options of this server.
-_INJECTED_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
-_INJECTED_VALUE = re.compile(r"(tcp|udp|sctp)://")
-
-Count = Annotated[int, Meta(ge=1)]
-Number = Annotated[int, Meta(ge=0)]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Seconds = Annotated[float, Meta(gt=0)]
-Share = Annotated[float, Meta(gt=0, le=1)]
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["text", "json"]
-UnknownFields = Literal["ignore", "reject"]
-ToolCallParser = Literal["auto", "jamba", "hermes", "none"]
-ReasoningParser = Literal["auto", "none"]
-
-# Pairs of two names for one number format: the name in torch or other servers, and the value of --dtype.
-DTYPE_ALIASES = (
-    ("fp16", "float16"),
-    ("half", "float16"),
-    ("bf16", "bfloat16"),
-    ("fp32", "float32"),
-    ("float", "float32"),
+from jamba_server.server.option_values import (
+    DTYPE_ALIASES,
+    Count,
+    LogFormat,
+    LogLevel,
+    MetricsNames,
+    Number,
+    Port,
+    ReasoningParser,
+    Seconds,
+    Share,
+    ToolCallParser,
+    UnknownFields,
 )
+from jamba_server.server.options import Help, Option, options_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +163,9 @@ class ServerConfig:
         str | None, Help("server", "File that holds the server's URL while it runs, for health checks", "PATH")
     ] = None
     metrics_public: Annotated[bool, Help("server", "Serve /metrics without an API key")] = False
+    metrics_names: Annotated[
+        MetricsNames, Help("server", "Names in /metrics: vllm serves vLLM's names too, for routers that read them")
+    ] = "jamba"
     sse_keep_alive: Annotated[
         Seconds, Help("server", "Seconds of silence after which a stream gets a comment to stay open", "SECONDS")
     ] = 15.0
@@ -307,6 +291,10 @@ class ServerConfig:
     gpu_memory_utilization: Annotated[
         Share, Help("memory", "Share of the GPU's memory the server may use", "FRACTION")
     ] = 0.92
+    cpu_memory_bytes: Annotated[
+        Count | None,
+        Help("memory", "Memory for weights and caches on a CPU, such as 16GiB", "BYTES", "what is available"),
+    ] = None
     enforce_eager: Annotated[bool, Help("expert", "Launch kernels from Python instead of replaying graphs")] = False
     async_scheduling: Annotated[
         bool | None, Help("expert", "Start the next step before the last results are read", default="on for a GPU")
@@ -318,6 +306,9 @@ class ServerConfig:
         bool, Help("memory", "Share cached prefixes among all API keys; otherwise each key has prefixes of its own")
     ] = False
     enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
+    data_parallel_size: Annotated[
+        Count, Help("memory", "Engines with a copy of the model each, which share the requests and the machine")
+    ] = 1
     tensor_parallel_size: Annotated[
         Count, Help("memory", "Processes that divide the model among each other, each on its own GPU: 1, 2, 4 or 8")
     ] = 1
@@ -390,109 +381,3 @@ class ServerConfig:
 
 
 OPTIONS: Mapping[str, Option] = {option.name: option for option in options_of(ServerConfig)}
-FORMER_NAMES: Mapping[str, str] = {o.help.formerly: o.name for o in OPTIONS.values() if o.help.formerly}
-
-
-def present_name(name: str, shown: str) -> str:
-    """Returns the present name of an option. If `name` is the option's name in the previous version, a warning is
-    logged. The warning contains `shown`, which is the name in the user's spelling."""
-    if (present := FORMER_NAMES.get(name)) is None:
-        return name
-    logger.warning("%s is now called %s; the next version reads only that name.", shown, present)
-    return present
-
-
-def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: Path | None = None) -> ServerConfig:
-    """Returns the options from all sources. A flag wins over an environment variable, a variable over the YAML file,
-    and the file over the default.
-
-    A flag that is None was not given. `path` is the YAML file; if it is None, the variable JAMBA_CONFIG names the file.
-    Raises ConfigError, which names the key, the value and what is allowed.
-    """
-    if path is None and environ.get(CONFIG_VARIABLE):
-        path = Path(environ[CONFIG_VARIABLE])
-    values = {} if path is None else _from_yaml(path)
-    values |= _from_environment(environ)
-    values |= {
-        name: OPTIONS[name].cast(value, OPTIONS[name].flag) for name, value in flags.items() if value not in (None, [])
-    }
-    config = ServerConfig(**values)
-    config.check()
-    return config
-
-
-def _from_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
-    import yaml  # imported only here, since this import takes a tenth of the time in which a command starts
-
-    if (text := read_text(path)) is None:
-        raise ConfigError(f"--config {path}: there is no such file.")
-    try:
-        document: object = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(document, dict | None):
-        raise ConfigError(f"--config {path} holds a {type(document).__name__}; keys with values are expected.")
-    return cast_settings(cast("dict[object, object]", document or {}), str(path))
-
-
-def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]:
-    """Converts the values of `settings` to the types of their options, and returns them by option name.
-
-    A value of None is left out, so that its option keeps the default.
-
-    Raises ConfigError for a key that is not an option, or for a value that the option does not allow; the message
-    begins with `source`.
-    """
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = present_name(str(key).replace("-", "_"), f"{source}: {key}")
-        if name not in OPTIONS:
-            raise ConfigError(f"{source}: {key!r} is not an option{_suggestion(name)}")
-        if value is not None:
-            values[name] = OPTIONS[name].cast(value, f"{source}: {name}")
-    return values
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Reads the JAMBA_* variables. An empty variable counts as not set, since compose files create empty variables.
-
-    An empty variable for a secret is an error: whoever sets it expects a server that asks for a key.
-    """
-    variables = {option.variable: option for option in OPTIONS.values()}
-    values: dict[str, Any] = {}
-    injected: list[str] = []
-    for name, text in sorted(environ.items()):
-        if not name.startswith(ENV_PREFIX) or name == CONFIG_VARIABLE:
-            continue
-        if not text:
-            if (empty := variables.get(name)) is not None and empty.help.secret:
-                raise ConfigError(f"The variable {name} is empty; give it a value, or unset it.")
-            continue
-        if _INJECTED_VALUE.match(text) or _INJECTED_NAME.search(name):
-            injected.append(name)
-        elif (option := variables.get(_present_variable(name))) is None:
-            raise ConfigError(f"The variable {name} is not an option{_suggestion(name)}")
-        else:
-            values[option.name] = option.cast(text, name)
-    if injected:
-        logger.warning(
-            "These variables are ignored, since Kubernetes sets them for its services: %s", ", ".join(injected)
-        )
-    return values
-
-
-def _present_variable(name: str) -> str:
-    """Returns an environment variable's present name. If `name` is the variable's name in the previous version, a
-    warning is logged."""
-    former = name.removeprefix(ENV_PREFIX).lower()
-    return ENV_PREFIX + present_name(former, name).upper() if former in FORMER_NAMES else name
-
-
-def _suggestion(unknown: str) -> str:
-    """Returns the end of an error message on an unknown key or variable. The text suggests the option whose name is
-    most similar."""
-    near = difflib.get_close_matches(unknown.removeprefix(ENV_PREFIX).lower(), OPTIONS, n=1)
-    if not near:
-        return "; `jamba serve --help` lists them."
-    return f"; did you mean {OPTIONS[near[0]].variable if unknown.isupper() else near[0]}?"

@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 import yaml
 
+from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.process.client import SupervisionStats
+from jamba_server.engine.replicas.engines import Engines
 from jamba_server.engine.types import EngineStats, TierStats
-from jamba_server.server.config import ServerConfig, load_config
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.config_sources import load_config
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.metrics import EdgeCollector
 from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.replica_metrics import ReplicaCollector
 from jamba_server.server.http.streams.metrics import StreamCollector
 from jamba_server.server.http.streams.registry import KeptStreams
 
@@ -50,6 +54,7 @@ def exported_names() -> set[str]:
     metrics = Metrics(engine, model_name="m")  # pyright: ignore[reportArgumentType]
     metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig(), EngineStats)))
     metrics.registry.register(StreamCollector("m", KeptStreams.of(ServerConfig())))
+    metrics.registry.register(ReplicaCollector("m", Engines(EngineConfig(model="any"), 2)))
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
 

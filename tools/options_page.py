@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from jamba_server.server.cli.settings import LOCAL
-from jamba_server.server.config import CONFIG_VARIABLE, OPTIONS
+from jamba_server.server.config import OPTIONS
+from jamba_server.server.config_sources import CONFIG_VARIABLE
 from jamba_server.server.options import PANELS, Option, Panel
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"

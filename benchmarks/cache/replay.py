@@ -6,6 +6,7 @@ a replay takes no longer than its steps, and a simulated engine needs only a for
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -157,20 +158,26 @@ class Replay:
         self._runs: dict[str, _Run] = {}
         self._texts: list[list[list[int]]] = [[] for _ in sessions]  # the tokens after each turn of each session
 
+    @property
+    def next_due(self) -> float:
+        """The time of the next request in seconds, or infinity if every request was sent whose turn has come."""
+        return self._due[0][0] if self._due else math.inf
+
     def run(self, engine: Engine) -> list[Outcome]:
         now = 0.0
         while self._due or engine.has_work:
             if not engine.has_work:
                 now = max(now, self._due[0][0])
-            if requests := list(self._arrived(now)):
+            if requests := list(self.arrived(now)):
                 engine.add(requests, now)
             updates, seconds = engine.step(now)
             now += seconds
             for update in updates:
-                self._take(update, now)
+                self.take(update, now)
         return self.outcomes
 
-    def _arrived(self, now: float) -> Iterable[Request]:
+    def arrived(self, now: float) -> Iterable[Request]:
+        """Yields the requests that are due by now."""
         while self._due and self._due[0][0] <= now:
             due, number, index = heappop(self._due)
             turn = self.sessions[number].turns[index]
@@ -187,7 +194,8 @@ class Replay:
                 save_positions=tuple({turn.system, turn.history} - {0}),
             )
 
-    def _take(self, update: TokenUpdate, now: float) -> None:
+    def take(self, update: TokenUpdate, now: float) -> None:
+        """Records what a request got at `now`. If it was the last, the next turn of its session becomes due."""
         run = self._runs[update.request_id]
         if update.token_ids and not run.reply:
             run.ttft = now - run.due

@@ -19,6 +19,7 @@ import msgspec
 import jamba_server
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.process.deaths import oom_kills
+from jamba_server.engine.process.place import WHOLE_MACHINE, Place
 from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import HEADER_BYTES, body_bytes, pack
 from jamba_server.engine.types import Shutdown
@@ -51,10 +52,10 @@ class Child:
         self.oom_kills_before = oom_kills()
 
     @classmethod
-    async def spawn(cls, config: EngineConfig, command: tuple[str, ...]) -> Child:
+    async def spawn(cls, config: EngineConfig, command: tuple[str, ...], place: Place = WHOLE_MACHINE) -> Child:
         """Starts the command line `command` as a new process and sends the configuration `config` to this process. The
         number of the socket's file descriptor is appended to the command line as the last argument. Raises OSError if
-        the process cannot be started."""
+        the process cannot be started, or may not run on the processors of its `place`."""
         # Descriptors 0 to 2 must be open, so that the new socket gets another number than the child's standard streams.
         open_missing_streams()
         ours, theirs = socket.socketpair()
@@ -64,7 +65,7 @@ class Child:
         # With the policy PASSIVE torch's idle threads sleep. Otherwise torch's idle threads would occupy cores that the
         # threads of this project's CPU kernels need.
         inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **inherited, "PYTHONPATH": path}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **inherited, **place.environment, "PYTHONPATH": path}
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -78,6 +79,9 @@ class Child:
                 ours.close()
                 raise
         try:
+            if place.processors is not None:
+                # The process reads its affinity mask only after it has received its configuration.
+                os.sched_setaffinity(process.pid, place.processors)
             reader, writer = await asyncio.open_connection(sock=ours)
         except OSError:
             process.kill()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Protocol
@@ -22,11 +22,11 @@ from jamba_server.engine.errors import (
     EngineError,
     EngineFailed,
     EngineLoading,
-    Overloaded,
-    RequestRejected,
 )
 from jamba_server.engine.process.child import ENGINE_COMMAND, Child
 from jamba_server.engine.process.deaths import RESTART_REASONS, Death, RestartReason
+from jamba_server.engine.process.place import WHOLE_MACHINE, Place
+from jamba_server.engine.process.queue_limit import Load, check_queue
 from jamba_server.engine.process.restarts import RestartPolicy
 from jamba_server.engine.process.step_times import StepHistogram, StepTimes, empty_histograms
 from jamba_server.engine.process.streams import LiveRequest, Stream
@@ -156,9 +156,10 @@ class EngineClient:
         max_queue_requests: int = 0,
         on_progress: Callable[[str, float], None] = lambda phase, fraction: None,
         command: tuple[str, ...] = ENGINE_COMMAND,
+        place: Place = WHOLE_MACHINE,
     ) -> None:
         self._on_progress = on_progress
-        self._max_queue = max_queue_requests
+        self._max_queue, self._name = max_queue_requests, place.name
         self._live: dict[str, LiveRequest] = {}  # holds all requests that have not ended, in the order of their arrival
         # This dict holds the live requests that must still be sent to the present child, except those of paused
         # streams.
@@ -180,7 +181,7 @@ class EngineClient:
         self._started = asyncio.Event()
         self._ended = asyncio.Event()  # this event is set when the engine has ended and will not be restarted
         self._supervisor = Supervisor(
-            self, partial(Child.spawn, config, command), engine_timeout=engine_timeout, load_timeout=load_timeout
+            self, partial(Child.spawn, config, command, place), engine_timeout=engine_timeout, load_timeout=load_timeout
         )
         self._supervision: asyncio.Task[None] | None = None
 
@@ -218,6 +219,20 @@ class EngineClient:
         return self._health.reason
 
     @property
+    def load(self) -> Load:
+        others = [live for live in self._live.values() if not live.request.is_background]
+        waiting = sum(not live.started for live in others)
+        return Load(waiting, len(others) - waiting, self._info.max_num_seqs if self._info else 0)
+
+    def live_requests(self) -> Iterator[tuple[Request, bool]]:
+        """Yields the requests that have not ended, and whether an engine process has begun to compute each."""
+        return ((live.request, live.started) for live in self._live.values())
+
+    @property
+    def num_restarts(self) -> int:
+        return sum(self._restarts.values())
+
+    @property
     def pid(self) -> int | None:
         """The process id of the current child process."""
         return self._supervisor.child.pid if self._supervisor.child else None
@@ -246,25 +261,8 @@ class EngineClient:
                 validate_kind(request.kind, self._info)
         if not self._health.alive:
             raise EngineDead(self._health.reason)
-        limit = 0 if requests[0].is_background else self._max_queue
-        others = [live for live in self._live.values() if not live.request.is_background]
-        num_waiting = sum(not live.started for live in others)
-        # A request with more choices than the queue may have could never be admitted. The status 503, which means that
-        # the client may try again, would mislead the client.
-        if limit and len(requests) > limit:
-            raise RequestRejected(
-                f"The request asks for {len(requests)} choices; the limit (--max-queue-requests) is {limit}.", param="n"
-            )
-        # The engine runs up to `max_num_seqs` sequences at the same time. Choices for which such a place is free do not
-        # count as waiting, even if they have not started yet, for example at the beginning of a burst of requests.
-        num_places = self._info.max_num_seqs if self._info else 0
-        num_free = max(0, num_places - (len(others) - num_waiting))
-        if limit and num_waiting + len(requests) > limit + num_free:
-            raise Overloaded(
-                f"{num_waiting} choices are waiting and the request has {len(requests)}; {num_free} places are free, "
-                f"and the limit (--max-queue-requests) is {limit}.",
-                retry_after=1 + num_waiting // max(1, num_places),
-            )
+        if not requests[0].is_background:
+            check_queue(self._max_queue, len(requests), [self.load])
         stream = Stream([request.id for request in requests], forget=self._forget, resume=self._resume)
         for request in requests:
             assert request.id not in self._live, f"request id {request.id} is taken"
@@ -371,7 +369,7 @@ class EngineClient:
                 # Nothing needs to be done: the arrival of the message already shows the watchdog that the child works.
                 pass
             case LogLine(level, name, text):
-                logging.getLogger(name).log(level, "%s", text)
+                logging.getLogger(name).log(level, "%s%s", self._name, text)
             case Ready(info):
                 self._ready(info)
             case Failed(reason):
@@ -392,7 +390,7 @@ class EngineClient:
             return None
         self._restarts["spawn"] += 1
         delay = self._policy.after_failed_spawn()
-        logger.error("%s; the next attempt is in %g s", reason, delay)
+        logger.error("%s%s; the next attempt is in %g s", self._name, reason, delay)
         self._health = Health(alive=True, ready=False, reason=reason)
         return delay
 
@@ -413,7 +411,8 @@ class EngineClient:
             self.give_up(f"{reason}, the third time in a row without a finished step")
             return None
         self._restarts[death.reason] += 1
-        logger.error("%s; it is restarted in %g s and continues %d requests", reason, delay, len(self._live))
+        number = len(self._live)
+        logger.error("%s%s; it is restarted in %g s and continues %d requests", self._name, reason, delay, number)
         self._health = Health(alive=True, ready=False, reason=f"{reason} and is restarting")
         return delay
 

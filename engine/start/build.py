@@ -246,8 +246,9 @@ def available_bytes(device: torch.device, config: EngineConfig) -> int:
     together."""
     if device.type == "cuda":
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
+    allowed = available_memory() if config.cpu_memory_bytes is None else config.cpu_memory_bytes
     # The ranks on a CPU share its memory.
-    return available_memory() // config.tensor_parallel_size
+    return min(allowed, available_memory()) // config.tensor_parallel_size
 
 
 def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:

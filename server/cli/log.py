@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
-from jamba_server.server.config import LogFormat
 from jamba_server.server.http.log_fields import ATTRIBUTE
+from jamba_server.server.option_values import LogFormat
 
 
 class LineFormatter(logging.Formatter):

@@ -9,8 +9,10 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -19,6 +21,7 @@ from fastapi import FastAPI
 from jamba_server.engine.errors import EngineDead
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.read_ahead import reading_early
+from jamba_server.engine.replicas.engines import Engines
 from jamba_server.engine.types import EngineInfo
 from jamba_server.server.cli.checkpoint import Checkpoint
 from jamba_server.server.cli.reload import Reloader, Watched
@@ -69,13 +72,7 @@ class Server:
             override = None if config.chat_template is None else Path(config.chat_template)
             template = ChatTemplate.from_folder(folder, tokenizer, override, templates)
         self._has_template = template is not None
-        self._client = EngineClient(
-            config.engine(folder),
-            engine_timeout=config.engine_timeout,
-            load_timeout=config.load_timeout,
-            max_queue_requests=config.max_queue_requests,
-            on_progress=progress.update,
-        )
+        self._client = open_engine(config, folder, progress.update)
         app = create_app(config, self._client, tokenizer, template, self._defaults, demo=checkpoint.demo)
         self._lifecycle: Lifecycle = app.state.lifecycle
         if template is not None:
@@ -206,6 +203,20 @@ class Server:
         )
 
 
+def open_engine(config: ServerConfig, model: Path, on_progress: Callable[[str, float], None]) -> EngineClient | Engines:
+    """Returns the engine for the folder or file `model`, which has not been started: one, or several that look like
+    one. Raises ConfigError for options that do not work with several."""
+    settings: dict[str, Any] = {
+        "engine_timeout": config.engine_timeout,
+        "load_timeout": config.load_timeout,
+        "max_queue_requests": config.max_queue_requests,
+        "on_progress": on_progress,
+    }
+    if config.data_parallel_size > 1:
+        return Engines(config.engine(model), config.data_parallel_size, **settings)
+    return EngineClient(config.engine(model), **settings)
+
+
 def _exit() -> None:
     logger.warning("The server has not stopped in time: it ends at once.")
     os._exit(0)
@@ -247,7 +258,7 @@ def limit_connections(config: ServerConfig) -> int:
 def fit_queue(config: ServerConfig, max_connections: int) -> ServerConfig:
     """Returns the configuration with `max_queue_requests` reduced, if necessary, so that all running and waiting
     requests fit into `max_connections` connections."""
-    room = max(1, max_connections - config.max_num_seqs)
+    room = max(1, max_connections - config.max_num_seqs * config.data_parallel_size)
     if config.max_queue_requests <= room:
         return config
     logger.warning(

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Concatenate, ParamSpec, cast
 import typer
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.server.config import OPTIONS, ServerConfig, load_config, present_name
+from jamba_server.server.config import OPTIONS, ServerConfig
+from jamba_server.server.config_sources import load_config, present_name
 from jamba_server.server.options import Option
 
 P = ParamSpec("P")

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
+from jamba_server.engine.replicas.engines import Engines
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.batches.runner import BatchRunner
@@ -35,6 +36,7 @@ from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, PROBE_PATHS, ApiKey, JsonBody, RequestContext
 from jamba_server.server.http.openapi import App
 from jamba_server.server.http.page.files import ChatPage
+from jamba_server.server.http.replica_metrics import ReplicaCollector
 from jamba_server.server.http.routes import (
     batches,
     chat,
@@ -114,7 +116,7 @@ def create_app(
         tokenizer=tokenizer,
         chat_template=chat_template,
         defaults=defaults,
-        metrics=Metrics(engine, model_name=config.served_model_name[0]),
+        metrics=Metrics(engine, model_name=config.served_model_name[0], names=config.metrics_names),
         demo=demo,
         version=package_version(),
         edge=Edge.of(config, lambda: engine.stats),
@@ -133,6 +135,8 @@ def create_app(
     )
     services.metrics.registry.register(EdgeCollector(services.metrics.model_name, services.edge))
     services.metrics.registry.register(StreamCollector(services.metrics.model_name, services.streams))
+    if isinstance(engine, Engines):
+        services.metrics.registry.register(ReplicaCollector(services.metrics.model_name, engine))
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
     app = App(
         open_paths=open_paths if config.needs_key else None,
@@ -195,7 +199,7 @@ def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middlewa
     if config.needs_key:
         chain += [Middleware(ApiKey, keys=edge.keys, open_paths=open_paths), Middleware(KeyLimits, keys=edge.keys)]
     if config.max_queue_requests:
-        most = config.max_queue_requests + config.max_num_seqs
+        most = config.max_queue_requests + config.max_num_seqs * config.data_parallel_size
         chain.append(Middleware(QueueGate, waiting=edge.waiting, limit=most))
     body = Middleware(JsonBody, max_bytes=config.max_body_bytes, memory=edge.bodies, whole_timeout=config.body_timeout)
     resumption = Middleware(Resumption, streams=services.streams, send_timeout=config.send_timeout)

@@ -254,7 +254,7 @@ class Generation:
             delta = choice.take(update)
             if choice.finish_reason:
                 num_open -= 1
-                self._finished(_engine_reason(choice.finish_reason))
+                self._finished(choice, _engine_reason(choice.finish_reason))
                 # The engine does not know stop strings. If a stop string ended the choice, the engine must abort it.
                 if update.finish_reason is None:
                     updates.abort(update.request_id)
@@ -292,8 +292,14 @@ class Generation:
         else:
             self._metrics.next_token((now - last) / len(update.token_ids))
 
-    def _finished(self, reason: FinishReason) -> None:
-        self._metrics.finished(reason, None if self.spec.is_background else self._clock() - self._arrived)
+    def _finished(self, choice: Choice, reason: FinishReason) -> None:
+        if self.spec.is_background:
+            self._metrics.finished(reason, None)
+            return
+        timeline, per_token = self._timelines[choice.request.id], None
+        if timeline.first_token is not None and timeline.last_token is not None and choice.num_tokens > 1:
+            per_token = (timeline.last_token - timeline.first_token) / (choice.num_tokens - 1)
+        self._metrics.finished(reason, self._clock() - self._arrived, per_token)
 
     def _close(self, reason: AbortReason) -> None:
         """Counts the request's end in the metrics, in the span and in the log. `reason` says why the choices that have
@@ -302,7 +308,7 @@ class Generation:
         ends: list[str] = [choice.finish_reason or end for choice in self._choices.values()]
         for choice in self._choices.values():
             if choice.finish_reason is None:
-                self._finished(end)
+                self._finished(choice, end)
                 self._metrics.aborted(reason)
         usage, timelines = self.usage, self._timelines.values()
         queue = max((t.queue_seconds for t in timelines if t.queue_seconds is not None), default=None)

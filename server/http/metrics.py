@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -23,6 +24,8 @@ from jamba_server.engine.process.step_times import BOUNDS
 from jamba_server.engine.types import CacheTier, EngineStats, FinishReason, MissReason
 from jamba_server.server.http.tier_metrics import tier_metrics
 from jamba_server.server.http.tracing.annotations import exemplar
+from jamba_server.server.http.vllm_names import BothNames
+from jamba_server.server.option_values import MetricsNames
 
 # Upper bounds of the histograms' buckets, in seconds. Prometheus estimates a quantile by linear interpolation between
 # the bounds of one bucket. If all values were far below the first bound, Prometheus would show half of that bound as
@@ -137,8 +140,9 @@ class Metrics:
     whose request has such a latency. Only the format OpenMetrics has them.
     """
 
-    def __init__(self, engine: Engine, *, model_name: str) -> None:
+    def __init__(self, engine: Engine, *, model_name: str, names: MetricsNames = "jamba") -> None:
         self.registry = CollectorRegistry()
+        self._exposed = BothNames(self.registry, engine, model_name=model_name) if names == "vllm" else self.registry
         self.model_name = model_name
         self.prompt_tokens = self.generation_tokens = 0
         self.registry.register(_EngineCollector(self, engine))
@@ -154,6 +158,11 @@ class Metrics:
             "e2e_request_latency_seconds",
             "Time from a request's arrival to the end of a choice, in seconds, without failed and aborted choices.",
             _LATENCY_BUCKETS,
+        )
+        self._time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time between two successive tokens of a choice that has ended, in seconds.",
+            _ITL_BUCKETS,
         )
         self._queue_time = self._histogram(
             "request_queue_time_seconds",
@@ -199,14 +208,25 @@ class Metrics:
     def next_token(self, seconds: float) -> None:
         self._inter_token_latency.labels(self.model_name).observe(seconds, exemplar())
 
-    def finished(self, reason: FinishReason, seconds: float | None) -> None:
-        """Counts a choice that has ended. `seconds` is its latency, or None if the latency is not measured."""
+    def finished(self, reason: FinishReason, seconds: float | None, seconds_per_token: float | None = None) -> None:
+        """Counts a choice that has ended. `seconds` is its latency, or None if the latency is not measured.
+        `seconds_per_token` is the mean time between two of its tokens, or None if it had fewer than two."""
         self._success.labels(self.model_name, reason).inc()
-        if seconds is not None and reason in (
-            "stop",
-            "length",
-        ):  # failed and aborted choices end early and would lower the measured latency
-            self._e2e_latency.labels(self.model_name).observe(seconds, exemplar())
+        # Failed and aborted choices end early and would lower the measured latency.
+        if seconds is None or reason not in ("stop", "length"):
+            return
+        self._e2e_latency.labels(self.model_name).observe(seconds, exemplar())
+        if seconds_per_token is not None:
+            self._time_per_output_token.labels(self.model_name).observe(seconds_per_token, exemplar())
+
+    def encoded(self, accept: str) -> tuple[bytes, str]:
+        """Returns the metrics in the text format that the HTTP header `Accept` asks for, and the name of this
+        format."""
+        chosen, content_type = choose_encoder(accept)
+        # All names are valid without escaping. Without this argument, prometheus-client 0.26 makes an underscore of the
+        # colon in vLLM's names in the format OpenMetrics, but only in the lines with the values.
+        encode = cast(Callable[..., bytes], chosen)
+        return encode(self._exposed, escaping="allow-utf-8"), content_type
 
     def aborted(self, reason: AbortReason) -> None:
         self._aborted.labels(self.model_name, reason).inc()

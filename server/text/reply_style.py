@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jamba_server.server.config import ReasoningParser, ToolCallParser
+from jamba_server.server.option_values import ReasoningParser, ToolCallParser
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.reasoning import THINK_TAGS
 from jamba_server.server.text.tokenizer import Tokenizer

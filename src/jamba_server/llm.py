@@ -34,7 +34,8 @@ from jamba_server.engine.types import (
 from jamba_server.engine.validation import validate_kind, validate_prompt
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.settings import LOCAL
-from jamba_server.server.config import ServerConfig, cast_settings
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.config_sources import cast_settings
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.choice import Choice, TextOptions
 from jamba_server.server.http.errors import describe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.quantization import UNQUANTIZED
 from jamba_server.engine.scheduler import SchedulerOutput
-from jamba_server.engine.start.build import Loaded, dummy_steps, gathered_tokens, measure_steps
+from jamba_server.engine.start.build import Loaded, available_bytes, dummy_steps, gathered_tokens, measure_steps
 from jamba_server.engine.start.memory import DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, plan_memory, usable_bytes
 from jamba_server.engine.weight_sizes import weight_bytes
@@ -186,3 +187,12 @@ def test_a_share_that_is_none_is_an_error(tmp_path: Path, share: float) -> None:
     model = load_model_config(write_geometry(tmp_path, "3b"))
     with pytest.raises(ConfigError, match=rf"gpu_memory_utilization is {share}; it must be more than 0 and at most 1"):
         plan_on_gpu(EngineConfig(model="x", gpu_memory_utilization=share), model, 60 * GIB)
+
+
+def test_a_limit_of_a_cpus_memory_is_shared_by_its_ranks() -> None:
+    def available(**options: Any) -> int:
+        return available_bytes(torch.device("cpu"), EngineConfig(model="any", **options))
+
+    assert available(cpu_memory_bytes=1000) == 1000
+    assert available(cpu_memory_bytes=1000, tensor_parallel_size=2) == 500
+    assert 0 < available(cpu_memory_bytes=1 << 60) < 1 << 60, "there is not so much memory"

@@ -11,6 +11,7 @@ from typing import Any, cast
 from openai import AsyncOpenAI
 
 from jamba_server.engine.process.client import EngineClient
+from jamba_server.engine.replicas.engines import Engines
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 from jamba_server.server.generation_defaults import GenerationDefaults
@@ -22,7 +23,7 @@ from tests.server.conftest import Bench
 
 @asynccontextmanager
 async def served_engine(
-    config: ServerConfig, engine: EngineClient, defaults: GenerationDefaults | None = None
+    config: ServerConfig, engine: EngineClient | Engines, defaults: GenerationDefaults | None = None
 ) -> AsyncGenerator[AsyncOpenAI]:
     """`engine` has been started. Requests without a seed get 1000, 1001, ..., in the order of their arrival."""
     folder = demo_folder()

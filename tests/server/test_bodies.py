@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from jamba_server.engine.errors import ConfigError, Overloaded
-from jamba_server.server.config import load_config
+from jamba_server.server.config_sources import load_config
 from jamba_server.server.http.limits.bodies import BodyMemory, BodyShare
 from jamba_server.server.http.middleware import JsonBody
 from tests.server.conftest import Bench, MakeBench, chat

@@ -13,7 +13,8 @@ import pytest
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import CheckpointError, ConfigError
-from jamba_server.server.config import OPTIONS, ServerConfig, load_config
+from jamba_server.server.config import OPTIONS, ServerConfig
+from jamba_server.server.config_sources import load_config
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.options import parse_size
 

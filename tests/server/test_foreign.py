@@ -18,7 +18,8 @@ from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.weight_files import INDEX_FILE, weight_files
 from jamba_server.server.cli.checkpoint import find_checkpoint
-from jamba_server.server.config import ServerConfig, load_config
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.config_sources import load_config
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer

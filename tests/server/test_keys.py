@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jamba_server.engine.errors import ConfigError
-from jamba_server.server.config import load_config
+from jamba_server.server.config_sources import load_config
 from tests.server.conftest import Bench, MakeBench, chat
 
 CHAT = "/v1/chat/completions"

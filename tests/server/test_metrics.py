@@ -118,6 +118,7 @@ async def test_what_the_server_counts(bench: Bench, ids: Ids) -> None:
     assert found["jamba_time_to_first_token_seconds_count",] == 4
     assert found["jamba_inter_token_latency_seconds_count",] == num_generated - 4
     assert found["jamba_e2e_request_latency_seconds_count",] == 4
+    assert found["jamba_request_time_per_output_token_seconds_count",] == 2  # the others have one token
     assert found["jamba_request_queue_time_seconds_count",] == 4
     assert found["jamba_request_queue_time_seconds_sum",] == 4 * QUEUE_SECONDS
     assert found["jamba_http_requests_total", "/v1/chat/completions", "200"] == 2
@@ -132,7 +133,7 @@ async def test_milliseconds_are_told_apart(bench: Bench) -> None:
     for name, *labels in samples(await scrape(bench)):
         if name.endswith("_seconds_bucket") and labels[0] not in ("prefill", "mixed"):
             buckets.setdefault(name, []).append(float(labels[-1]))
-    assert len(buckets) == 6
+    assert len(buckets) == 7
     for name, bounds in buckets.items():
         assert bounds == sorted(set(bounds)), name
         assert bounds[0] == 0.001, name

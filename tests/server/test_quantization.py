@@ -9,7 +9,7 @@ from openai import AsyncOpenAI
 
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.cli.terminal import describe_engine
-from jamba_server.server.config import load_config
+from jamba_server.server.config_sources import load_config
 from jamba_server.server.demo import demo_folder
 from jamba_server.server.generation_defaults import GenerationDefaults
 from tests.server.real_engine import served_engine

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from prometheus_client.exposition import choose_encoder
 from starlette.responses import PlainTextResponse, Response
 
 from jamba_server.server.http.routes.replies import ERRORS, json_response
@@ -84,6 +83,7 @@ async def server_info(services: ServicesOf) -> Response:
         kernels=info.kernels,
         batch_invariant=not info.batch_dependent_ops,
         load_seconds=info.load_seconds,
+        data_parallel_size=services.config.data_parallel_size,
     )
     return json_response(reply)
 
@@ -91,5 +91,5 @@ async def server_info(services: ServicesOf) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, services: ServicesOf) -> Response:
     """Returns the metrics in Prometheus' text format, or in OpenMetrics if the Accept header asks for it."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(services.metrics.registry), headers={"Content-Type": content_type})
+    content, content_type = services.metrics.encoded(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": content_type})

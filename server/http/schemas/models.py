@@ -162,7 +162,8 @@ class MemoryPlan(Reply):
 
 class ServerInfoReply(Reply):
     """What the engine loaded and which sizes it chose. `dtype` is the number format of weights and KV pages;
-    `quantization` is that of quantised weights. `kernels` names the implementation of each operation."""
+    `quantization` is that of quantised weights. `kernels` names the implementation of each operation. If there are
+    several engines (`data_parallel_size`), the sizes in `memory` are those of all of them together."""
 
     version: str
     architecture: str
@@ -177,6 +178,7 @@ class ServerInfoReply(Reply):
     kernels: dict[str, str]
     batch_invariant: bool
     load_seconds: float
+    data_parallel_size: int = 1
 
 
 class AboutReply(Reply):
