@@ -99,7 +99,7 @@ def launch(device: str = "cuda") -> dict[str, Any]:
     launch."""
     import torch
 
-    from jamba_server.kernels.triton.moe import silu_and_mul
+    from jamba_server.kernels.triton.gated import silu_and_mul
 
     gate_up = torch.randn(3, 200, device=device)
 

@@ -22,12 +22,15 @@ from benchmarks.gpu.variants import (
     narrow_variants,
     product_variants,
     scan_variants,
+    sectioned_variants,
 )
 from jamba_server.engine.config import Quantization
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization import FORMATS
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.table import select
+
+MOST_OUTPUTS = 4096  # The kernels may split the sums of a weight with at most this number of rows into sections.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +140,8 @@ class Targets:
             variants = product_variants("linear", rows, quantized=quantization is not None)
             if name == "x_proj":
                 variants = narrow_variants(rows)
+            elif outputs <= MOST_OUTPUTS:
+                variants = sectioned_variants(rows, quantized=quantization is not None)
             targets.append(Target(case=case, label=case.label, count=count, variants=variants))
         return targets
 
