@@ -101,12 +101,11 @@ def cut_kernel(
     last, finite, total = write_scores(scores, size, top, divisor, BLOCK)
     low, high, ties, wanted = 0, END, size, p.to(tl.float64) * total
     if (k > 0) & (k < size):
-        low, high, before, within, no_mass, each = search(
-            scores, candidates, size, k.to(tl.float64), last, finite, False, BLOCK, CANDIDATES
-        )
+        found = search(scores, candidates, size, k.to(tl.float64), last, finite, False, BLOCK, CANDIDATES)
+        low, high, before, each = found[0], found[1], found[2], found[5]
         ties = k - before
         if p < 1:
-            count_before, mass_before = measure(scores, size, low, True, BLOCK)
+            mass_before = measure(scores, size, low, True, BLOCK)[1]
             wanted = p.to(tl.float64) * (mass_before + each * ties)
     if p < 1:
         p_low, p_high, before, within, mass_before, each = search(
