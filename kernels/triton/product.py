@@ -35,6 +35,7 @@ GROUP = 16  # The number of tiles of rows in a group, which the function `tile_o
 # The number of programs from which on a product of many rows uses the widest tile: three for each of about 130
 # multiprocessors. With fewer programs, the last ones would leave too many multiprocessors idle.
 WIDE_PROGRAMS = 400
+ENOUGH_PROGRAMS = 264  # Two programs for each multiprocessor.
 
 
 class Tile(NamedTuple):
@@ -71,11 +72,11 @@ def tile_for(rows: int, item_bytes: int, format: str = "", columns: int = 0) -> 
     result, of all weights that are multiplied at the same time. With 0, the widest tile is not chosen.
     """
     if format:
-        return _quantized_tile(rows, item_bytes, format)
+        return _quantized_tile(rows, item_bytes, format, columns)
     inner = 128 // item_bytes
-    if rows <= FEWER_ROWS:
+    # Each program reads all of its rows of x, so narrow tiles read x too often unless there are few rows or columns.
+    if rows <= FEWER_ROWS or (rows <= FEW_ROWS and 0 < columns <= ENOUGH_PROGRAMS // 4 * 64):
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=6)
-    # Each program reads all of its rows of x, so narrow tiles would read x too often.
     if rows <= FEW_ROWS:
         return Tile(rows=64, columns=64, inner=inner, num_warps=4, num_stages=4)
     # A wider tile reads fewer bytes for each operation. Other GPUs have too little shared memory for it.
@@ -84,7 +85,7 @@ def tile_for(rows: int, item_bytes: int, format: str = "", columns: int = 0) -> 
     return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=3)
 
 
-def _quantized_tile(rows: int, item_bytes: int, format: str) -> Tile:
+def _quantized_tile(rows: int, item_bytes: int, format: str, columns: int) -> Tile:
     """Returns the tile for a product with a quantised weight.
 
     Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
@@ -101,6 +102,8 @@ def _quantized_tile(rows: int, item_bytes: int, format: str) -> Tile:
     most = FEW_ROWS // 2 if heavy and 0 < group_of(format) < inner else FEW_ROWS
     if rows <= FEW_ROWS:
         small = most if rows > FEW_ROWS // 2 else FEW_ROWS // 2
+        if cdiv(columns, 128) >= ENOUGH_PROGRAMS:  # such as the experts of a layer
+            return Tile(small, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
         return Tile(small, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
     # Twice as many rows halve the work of computing the weight's numbers. Where a row has one scale, the sums of a
     # group need no registers of their own.

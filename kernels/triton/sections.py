@@ -28,7 +28,7 @@ from jamba_server.kernels.triton.quantized import PackedWeight
 SECTION = 512  # The number of elements of a section of K, if the weight has very few rows.
 # A weight with more rows than this has enough tiles, and K is not split. Fewer inputs than LEAST_INPUTS are not worth
 # a split, because a section would be a few steps of a program only.
-MOST_OUTPUTS, LEAST_INPUTS = 4096, 2048
+MOST_OUTPUTS, LEAST_INPUTS = 4096, 4096
 # The number of programs that sections shall give, in tiles of 64 columns, and the largest number of sections.
 PROGRAMS, MOST_SECTIONS = 160, 8
 UNIT = 256  # Sections begin at multiples of this number of inputs, as the function `quantized_product` demands.
