@@ -38,6 +38,7 @@ from jamba_server.kernels.triton import (
     slots,
 )
 
+GATED_FORMATS = ("", "int8", "Q4_K")  # The formats for which products with an activation are compiled too.
 EXPERT_FORMATS = ("", "int8", "fp8", "int4", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
 """The formats for which the products of experts are compiled too. They call the same function as other products."""
 
@@ -142,10 +143,10 @@ def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
     weight = matrix(format, 16384, 4096)
     experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
     name = f", {format}" if format else ""
-    for rows in (1, 32, 64, 4096) if format else (1, 64, 512, 4096):
+    for rows in (1, 32, 64, 4096) if format in EXPERT_FORMATS[1:] else (1, 64, 512, 4096):
         x = empty(rows, 4096)
         yield f"linear{name}, {rows}", lambda x=x: linear.Linear()(x, weight)
-        if format in EXPERT_FORMATS and rows != 64:
+        if format in GATED_FORMATS and rows != 64:
             yield f"gated linear{name}, {rows}", lambda x=x: linear.Linear().gated(x, weight, gated.silu_and_mul)
     for rows in (1, 256, 4096) if format in EXPERT_FORMATS else ():
         x, weights, ids = empty(rows, 4096), torch.ones(rows, 2), torch.zeros(rows, 2, dtype=torch.int32)
@@ -172,7 +173,7 @@ def sectioned_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for outputs, formats in ((192, ("",)), (2560, ("", "int8", "Q4_K"))):
         for format in formats:
             weight = matrix(format, outputs, 5120)
-            for rows in (1, 64, 256, 2048):
+            for rows in (64, 2048) if outputs == 192 else (1, 256, 2048):
                 x = empty(rows, 5120)
                 name = f"linear, sections{format and f', {format}'}, {rows} x {outputs}"
                 yield name, lambda x=x, w=weight: linear.Linear()(x, w)

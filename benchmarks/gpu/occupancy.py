@@ -66,7 +66,7 @@ def launches(call: Callable[[], object]) -> list[Launched]:
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        found.append(Launched(kernel.fn.__name__, grid(values) if callable(grid) else grid, values))
+        found.append(Launched(kernel.fn.__name__, tuple(grid), values))
 
     forget = jamba_server.kernels.triton.launch.capability.cache_clear
     with (
@@ -210,7 +210,7 @@ def predict(target: Target, ceilings: Ceilings) -> Prediction | None:
     with mock.patch("jamba_server.kernels.table.ensure_available"):
         kernels = target.kernels()
     args = case.prepare(kernels)
-    found = launches(lambda: getattr(kernels, case.op)(*args))
+    found = launches(lambda: case.called(kernels)(*args))
     seconds, programs = 0.0, 0
     for launched in found:
         product = product_of(launched, len(args[0]), WEIGHT_BYTES[case.quantization])

@@ -34,8 +34,12 @@ BEFORE = RESULTS / "gpu-occupancy-before.json"
 NOTES = Path(__file__).with_name("predictions_notes.md")
 SHOWN = re.compile(r"(?:proj|gate_up|down|lm_head|experts)(?:,? int8)?, (?:1|64|256|8192) rows$")
 # The steps whose products are added up: model, name of the step, rows, weight format.
-STEPS = (("3b", "decode", (1, 64, 256), ""), ("mini", "decode", (1, 64, 256), "int8"))
-STEPS += (("3b", "prefill", (8192,), ""), ("mini", "prefill", (8192,), "int8"))
+STEPS = (
+    ("3b", "decode", (1, 64, 256), ""),
+    ("mini", "decode", (1, 64, 256), "int8"),
+    ("3b", "prefill", (8192,), ""),
+    ("mini", "prefill", (8192,), "int8"),
+)
 CONTEXT = 128  # number of tokens that each sequence has before the decode step
 CHUNK = 8192  # largest number of prompt tokens that the engine computes in a step, if there is enough memory
 HEAD = """# Predictions for GPUs: nothing here has been measured
@@ -125,7 +129,7 @@ def occupancy_table(now: Mapping[str, Mapping[str, Any]], before: Mapping[str, M
     lines = [f"| product | programs a multiprocessor | {' | '.join(f'share on {gpu}' for gpu in GPUS)} |"]
     lines.append(f"| --- | ---: |{' ---: |' * len(GPUS)}")
     for label, row in now.items():
-        if SHOWN.search(label):
+        if SHOWN.search(label) and label in before:
             old = before[label]
             each = f"{old['programs'] / 132:.2f} → {row['programs'] / 132:.2f}"
             shares = [f"{share(old, gpu)} → {share(row, gpu)}" for gpu in GPUS]

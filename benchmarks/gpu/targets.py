@@ -18,6 +18,7 @@ from benchmarks.gpu.sweep import config_of
 from benchmarks.gpu.variants import (
     Variant,
     attention_variants,
+    gated_variants,
     mamba_decode_variants,
     narrow_variants,
     product_variants,
@@ -78,7 +79,8 @@ class Target:
         if case.op == "mamba_decode":
             results = case.args[0][:, : case.args[0].shape[1] // 2]
         if case.op == "linear":
-            results = case.args[0].new_empty(len(case.args[0]), len(case.weights[0]), device="meta")
+            outputs = len(case.weights[0]) // (2 if case.method else 1)
+            results = case.args[0].new_empty(len(case.args[0]), outputs, device="meta")
         return Work(bytes=case.bytes_moved(results), operations=case.operations)
 
     def kernels(self) -> Kernels:
@@ -124,6 +126,7 @@ class Targets:
         experts = sum(self.config.is_moe(layer) for layer in layers)
         if dense := len(layers) - experts:
             yield self._linear("gate_up", 2 * m.f, m.h, dense, quantization)
+            yield self._gated(dense, quantization)
             yield self._linear("down", m.h, m.f, dense, quantization)
         if experts:
             weights = self.maker.expert_weights()
@@ -142,6 +145,20 @@ class Targets:
                 variants = narrow_variants(rows)
             elif outputs <= MOST_OUTPUTS:
                 variants = sectioned_variants(rows, quantized=quantization is not None)
+            targets.append(Target(case=case, label=case.label, count=count, variants=variants))
+        return targets
+
+    def _gated(self, count: int, quantization: Quantization | None) -> list[Target]:
+        """Returns calls of the product gate_up with its activation, which a model makes in place of `gate_up`."""
+        from jamba_server.kernels.triton.gated import silu_and_mul
+
+        m, targets = self.maker.shape, list[Target]()
+        weight = self.maker.matrix(2 * m.f, m.h)
+        for rows in self.rows:
+            label = " ".join(filter(None, ("gated gate_up", quantization)))
+            case = self.maker.linear(f"{label}, {rows} rows", rows, weight, quantization)
+            case = replace(case, method="gated", args=(*case.args, silu_and_mul))
+            variants = gated_variants(rows, quantized=quantization is not None)
             targets.append(Target(case=case, label=case.label, count=count, variants=variants))
         return targets
 

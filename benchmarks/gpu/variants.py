@@ -19,7 +19,7 @@ SHARED_BYTES = 227 << 10  # largest size in bytes of the shared memory that a th
 # tile sizes are used for at most FEW_ROWS rows. If the weights are quantised, the special tile sizes are used for
 # at most FEWER_ROWS rows.
 FEW_ROWS, FEWER_ROWS = 64, 16
-PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
+PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for", "gated": "gated.tile_for"}
 Fields = dict[str, int | None]
 
 
@@ -97,7 +97,8 @@ def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
 
 
 def product_variants(op: str, rows: int, *, quantized: bool) -> list[Variant]:
-    """Returns the variants of the matrix product in the op `linear` or `run_experts`, for products with `rows` rows."""
+    """Returns the variants of the matrix product in the op `linear` or `run_experts`, or of a gated product, for `rows`
+    rows."""
     tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
     found = [Variant({PRODUCT_TILES[op]: tile}) for tile in tiles]
     if rows > FEW_ROWS:  # in which order the tiles are computed
@@ -166,6 +167,11 @@ def narrow_variants(rows: int) -> list[Variant]:
     return _distinct([*tiles, *sections, *constants(True, sections__MANY_ROWS=(64, 1 << 20))])
 
 
+def gated_variants(rows: int, *, quantized: bool) -> list[Variant]:
+    """Returns the variants of a product with its activation. In the last one the activation has a kernel of its own."""
+    return [*product_variants("gated", rows, quantized=quantized), Variant({"linear.silu_and_mul": "separate"})]
+
+
 def sectioned_variants(rows: int, *, quantized: bool) -> list[Variant]:
     """Returns the variants of a matrix product whose weight has at most 4,096 rows, such as out_proj and down.
 
@@ -179,6 +185,9 @@ def sectioned_variants(rows: int, *, quantized: bool) -> list[Variant]:
     if rows <= FEW_ROWS and not quantized:  # without sections, the narrowest tiles give the most programs
         narrow = [_tile(64, 16, 4, stages, inner=inner) for inner, stages in ((64, 10), (128, 5))]
         found += [Variant({"sections.MOST_OUTPUTS": 0, "linear.tile_for": tile}, exact=False) for tile in narrow]
+    if rows > FEW_ROWS and not quantized:  # without sections, the widest tile has room for its sums
+        wide = _tile(128, 256, 8, 3, inner=64)
+        found.append(Variant({"sections.MOST_OUTPUTS": 0, "linear.tile_for": wide}, exact=False))
     return _distinct(found)
 
 
