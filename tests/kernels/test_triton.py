@@ -33,6 +33,7 @@ from tests.kernels.test_quantized import FORMATS, quantized
 
 SPLIT = 512  # keys, of attention
 TILE = 64  # rows of a product, up to which another shape of tile computes it
+FORMATS_AND_DTYPES = [("", torch.float32), *((format, torch.bfloat16) for format in ("", "int8", "int4"))]
 
 
 @each_implementation("attention_prefill", "attention_decode")
@@ -136,8 +137,7 @@ def test_a_narrow_product_adds_its_sections_in_one_order(
 
 
 @each_implementation("linear", but="reference")
-@pytest.mark.parametrize("dtype", EXACT_DTYPES)
-@pytest.mark.parametrize("format", ["", *dict(FORMATS)])
+@pytest.mark.parametrize(("format", "dtype"), FORMATS_AND_DTYPES)
 def test_a_weight_with_few_rows_has_sections_whatever_the_number_of_rows(
     linear: Linear, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,8 +260,7 @@ def test_choices_are_sorted_by_expert(tokens: int, experts: int, top_k: int) -> 
 
 
 @each_implementation("linear", "silu_and_mul", but="reference")
-@pytest.mark.parametrize("dtype", EXACT_DTYPES)
-@pytest.mark.parametrize("format", ["", *dict(FORMATS)])
+@pytest.mark.parametrize(("format", "dtype"), FORMATS_AND_DTYPES)
 def test_a_gated_product_has_the_bits_of_the_product_and_the_activation(
     linear: Linear, silu_and_mul: SiluAndMul, format: str, dtype: torch.dtype
 ) -> None:
