@@ -153,7 +153,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("restore_states", "triton", ("cuda",), _triton("slots", "restore_states")),
     Implementation("restore_states", "reference", _BOTH, lambda: slots.restore_states),
     Implementation("silu_and_mul", "cpu", ("cpu",), cpu_moe.SiluAndMul),
-    Implementation("silu_and_mul", "triton", ("cuda",), _triton("moe", "silu_and_mul")),
+    Implementation("silu_and_mul", "triton", ("cuda",), _triton("gated", "silu_and_mul")),
     Implementation("silu_and_mul", "reference", _BOTH, lambda: moe.silu_and_mul),
     Implementation("route_experts", "cpu", ("cpu",), cpu_route.RouteExperts),
     Implementation("route_experts", "triton", ("cuda",), _triton("route", "route_experts")),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jamba_server.kernels import ops
+from jamba_server.kernels.gated_linear import GatedLinear
 from jamba_server.kernels.ops import KernelUnavailable, Pages, QuantizedWeight, Weight
 
 # Flash attention is used only if some sequence of the batch has at least this number of new tokens. With fewer new
@@ -117,6 +118,12 @@ class Linear:
         if not isinstance(weight, Tensor) or len(x) < MIN_ROWS:
             return self._other(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def gated(self, x: Tensor, weight: Any, activation: ops.SiluAndMul) -> Tensor:
+        """See the protocol `kernels.gated_linear.GatedLinear` for the arguments and the result."""
+        if not isinstance(self._other, GatedLinear) or (isinstance(weight, Tensor) and len(x) >= MIN_ROWS):
+            return activation(self(x, weight))
+        return self._other.gated(x, weight, activation)
 
     def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """See the protocol `kernels.ops.Linear`. The weight is one that `other.pack` has packed."""

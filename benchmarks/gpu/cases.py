@@ -69,6 +69,7 @@ class Case:
     """A test case: the arguments of one call of an op, the number of bytes that this call reads and writes, and the
     number of arithmetic operations in this call.
 
+    `method` is the method of the op that is called, if it is not the op itself.
     `args` are the arguments without the packed weights, which `arguments` inserts as the second argument. `pack` makes
     the packed weights from `weights`, quantised if `quantization` is set, for an implementation of the op.
     `moved` and `operations` are the bytes and operations of a call; if `moved` is None, `bytes_moved` computes it.
@@ -78,6 +79,7 @@ class Case:
     op: str
     label: str
     args: tuple[Any, ...]
+    method: str = ""
     weights: tuple[Any, ...] = ()
     quantization: Quantization | None = None
     pack: Callable[[Any, Kernels, tuple[Any, ...]], Any] = lambda op, kernels, weights: op.pack(*weights)
@@ -89,6 +91,11 @@ class Case:
     # true if the op is allowed to overwrite its first argument with arbitrary values; the first argument is then not
     # checked
     scratch: bool = False
+
+    def called(self, kernels: Kernels) -> Callable[..., Any]:
+        """Returns what the call calls, in the kernel set `kernels`."""
+        op = getattr(kernels, self.op)
+        return getattr(op, self.method) if self.method else op
 
     def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
         """Returns new copies of all arguments for a call of the op by its implementation in the kernel set `kernels`.

@@ -12,6 +12,7 @@ The parts are:
   fastest kernels and then with exact ones;
 * kernels: runs the kernel tests on the GPU, in all dtypes;
 * http: measures a server under the load of `jamba bench`;
+* dependent: measures decode where a kernel may be launched before the one before it has ended, as `3b` does without;
 * counters: reads the hardware counters of five kernel calls;
 * tune: times other tile sizes for the kernels that take most of a step's time;
 * sanitizer: runs tests of the Mamba and expert kernels under compute-sanitizer;
@@ -58,6 +59,7 @@ MODULES = {
     "kernels": "tests",
     "mini": "engine",
     "http": "serving",
+    "dependent": "engine",
     "counters": "counters",
     "tune": "tune",
     "sanitizer": "tests",
@@ -69,7 +71,7 @@ MODULES = {
 CALLS: Mapping[str, Sequence[str]] = {
     "first": ("probe", "parity", "3b", "kernels"),
     "second": ("mini", "http", "counters"),
-    "third": ("tune", "sanitizer"),
+    "third": ("dependent", "tune", "sanitizer"),
     "rest": ("kernels", "mini", "sweep", "transformers"),
 }
 # Seconds after which a part makes room for the next one. Parts that are not named have no limit of their own.
@@ -79,6 +81,7 @@ LIMITS: Mapping[str, float] = {
     "3b": 230,
     "mini": 290,
     "http": 120,
+    "dependent": 80,
     "counters": 90,
     "tune": 280,
 }
@@ -86,6 +89,7 @@ LIMITS: Mapping[str, float] = {
 # given.
 DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
     "3b": ("3b",),
+    "dependent": ("3b",),
     "mini": ("mini",),
     "http": ("3b",),
     "transformers": ("3b", "mini"),
@@ -93,10 +97,20 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
     "tune": ("3b", "mini"),
 }
 # The exactness of the kernels that these parts measure, in this order, unless --engine sets it.
-EXACTNESS: Mapping[str, Sequence[bool]] = {"3b": (False, True), "mini": (False, True), "http": (False,)}
+EXACTNESS: Mapping[str, Sequence[bool]] = {
+    "3b": (False, True),
+    "mini": (False, True),
+    "dependent": (True,),
+    "http": (False,),
+}
 # Parts whose measurements do not depend on the engine's options.
 WITHOUT_OPTIONS = ("probe", "kernels", "sanitizer", "counters", "transformers", "sweep", "tune")
-DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
+DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {
+    "3b": ("bf16",),
+    "dependent": ("bf16",),
+    "mini": ("int8", "bf16"),
+    "http": ("bf16",),
+}
 MINUTES = 8.5
 GRACE_SECONDS = 25.0  # seconds that a process may take to end after SIGTERM; a process that takes longer gets SIGKILL
 # if fewer seconds than this are left, no new process is started, because no measurement could be completed in this time

@@ -8,20 +8,23 @@ tile sizes may depend on the target. Kernel launches are recorded instead of run
 specialisation as Triton's launcher uses: multiples of 16 are marked as such, and arguments equal to 1 are constants.
 
 The program fails if a kernel spills more than MAX_SPILLED bytes of registers, if it needs more shared memory than a
-program may have on the target, or if two ops that must give identical results add numbers in different orders.
+program may have on the target, or if two ops that must give identical results add numbers in different orders. It also
+fails if a kernel reads or writes memory before it has waited for the kernel before it, on targets where it may be
+launched early.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import json
 import os
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,35 +37,20 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu.calls import (
+    attention_calls,
+    decode_calls,
+    format_calls,
+    mamba_calls,
+    product_calls,
+    row_calls,
+    sectioned_calls,
+)
 from benchmarks.gpu.formats import FORMATS
 from benchmarks.gpu.rehearsal import MODELS, STEPS, rehearsal_of
-from jamba_server.kernels.ops import (
-    CompressedStates,
-    MambaWeights,
-    Pages,
-    SampleInputs,
-    ScanInputs,
-    ScanWeights,
-    Segments,
-    StateSaves,
-)
-from jamba_server.kernels.triton import (
-    attention,
-    bitmask,
-    conv,
-    linear,
-    mamba,
-    moe,
-    norm,
-    quantized,
-    route,
-    sample,
-    scan,
-    scan_chunked,
-    slots,
-)
 from jamba_server.kernels.triton.launch import capability
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -73,6 +61,10 @@ TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8:
 # on Blackwell GPUs. If a kernel needs more columns, Triton produces no compiled kernel and reports no error.
 TENSOR_COLUMNS = 512
 FP8_CAPABILITY = 89  # 10 * the lowest compute capability that supports 8-bit floating point numbers
+# The first capability * 10 whose GPUs launch a kernel before the one before it has ended, the instruction that waits
+# for it, and what accesses memory that other kernels write.
+DEPENDENT_TARGET, WAIT = 90, "griddepcontrol.wait"
+ACCESS = re.compile(r"\b(?:ld|st|atom|red)\.global|\bcp\.async\.c")
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may use, by target (CUDA C++ Programming Guide, technical specifications)."""
@@ -92,8 +84,6 @@ TWINS = {
     "mamba_decode, Q4_K, 1": ("selective_scan", "rms_norm 16", "rms_norm 256"),
     "mamba_decode, Q4_K, 256": ("selective_scan", "rms_norm 16", "rms_norm 256"),
 }
-EXPERT_FORMATS = ("", "int8", "fp8", "int4", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
-"""The formats for which the products of experts are compiled too. They call the same function as other products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +115,7 @@ class Resources:
     instruction in the kernel's code.
 
     `registers` and `spilled` (bytes) are per thread. `shared` (bytes), `warps` and `tensor_columns` are per program.
+    `waits` says whether the kernel waits for the kernel before it where it must, before it accesses memory.
     """
 
     op: str
@@ -137,6 +128,7 @@ class Resources:
     instruction: str
     reductions: tuple[str, ...]
     tensor_columns: int = 0
+    waits: bool = True
 
 
 def record(op: str, call: Callable[[], object]) -> list[Launch]:
@@ -176,7 +168,18 @@ def specialize(op: str, kernel: JITFunction[Any], values: dict[str, Any], option
     return Launch(op, kernel, signature, constants, tuple(aligned), options)
 
 
+_target: contextvars.ContextVar[GPUTarget] = contextvars.ContextVar("_target")
+
+
+class Compiling:
+    """Replaces Triton's driver, which kernels ask for the GPU that they are compiled for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return _target.get()
+
+
 def compile_for(launch: Launch, capability: int) -> Resources:
+    _target.set(GPUTarget("cuda", capability, 32))
     names = list(launch.kernel.arg_names)
     source = ASTSource(
         fn=launch.kernel,
@@ -184,7 +187,7 @@ def compile_for(launch: Launch, capability: int) -> Resources:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    compiled: Any = triton.compile(source, target=_target.get(), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -203,7 +206,14 @@ def compile_for(launch: Launch, capability: int) -> Resources:
         instruction=next((name for name in INSTRUCTIONS if name in ptx), ""),
         reductions=reductions(compiled.asm["ttgir"]),
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        waits=waits_first(ptx) if capability >= DEPENDENT_TARGET else WAIT not in ptx,
     )
+
+
+def waits_first(ptx: str) -> bool:
+    """Returns whether a kernel waits for the kernel before it, and accesses memory only afterwards."""
+    access = ACCESS.search(ptx)
+    return access is not None and 0 <= ptx.find(WAIT) < access.start()
 
 
 def reductions(ir: str) -> tuple[str, ...]:
@@ -222,145 +232,18 @@ def summation(axis: int, shape: str, layout: str) -> str:
     """Returns a text that says in which order the elements of a tensor are added in a sum along the axis `axis`. The
     tensor has the shape `shape` and the layout `layout`.
 
-    In a blocked layout, the order depends only on the size and the layout of `axis` itself.
+    In a blocked layout, the order depends only on the size and the layout of `axis` itself. In the layout of a matrix
+    product whose warps have rows of their own, it does not depend on the number of rows and warps.
     """
     fields = dict(re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]*)\]", layout))
+    if layout.startswith("#ttg.nvidia_mma") and axis == 1 and fields["warpsPerCTA"].endswith(", 1"):
+        return f"{shape.split('x')[1]} {re.sub(r'warpsPerCTA = [^]]*]', 'warps of rows', layout)}"
     if not layout.startswith("#ttg.blocked"):
         return f"{shape} {layout}"
     elements, warps, threads = (
         int(fields[name].split(", ")[axis]) for name in ("sizePerThread", "warpsPerCTA", "threadsPerWarp")
     )
     return f"{shape.split('x')[axis]} by {warps} warps, {threads} threads, {elements} elements"
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    # nothing writes to the tensor, so the operating system assigns no physical memory to the tensor
-    return torch.empty(shape, dtype=dtype)
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    wide = empty(512, 2 * channels)
-    x, z, b = wide[:, :channels], wide[:, channels:], empty(512, states)
-    inputs = ScanInputs(x, empty(512, channels), b, b, z)
-    last = ScanInputs(*(rows[:1] for rows in inputs))
-    a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
-    weights, ssm = ScanWeights(a, d, d), empty(4, 26, channels, states, dtype=torch.float32)[:, 1]
-    state, filters, bias = empty(4, 26, 3, channels)[:, 1], empty(4, channels), empty(channels)
-    segments = Segments(ints(0, 512), 512, ints(1), torch.tensor([True]), StateSaves(ints(0, 1), ints(7), ints(2)))
-    long = segments._replace(max_query_len=scan_chunked.MIN_CHUNKS * scan_chunked.CHUNK)
-    yield "causal_conv1d", lambda: conv.causal_conv1d(x, filters, bias, state, segments)
-    yield "causal_conv1d_update", lambda: conv.causal_conv1d_update(x[:1], filters, bias, state, ints(1))
-    yield "selective_scan", lambda: scan.selective_scan(inputs, weights, ssm, segments)
-    yield "selective_state_update", lambda: scan.selective_state_update(last, weights, ssm, ints(1))
-    many = segments._replace(
-        query_start=torch.arange(65, dtype=torch.int32), state_ids=torch.ones(64, dtype=torch.int32)
-    )
-    yield "selective_scan, 64", lambda: scan.selective_scan(inputs, weights, ssm, many)
-    yield "selective_state_update, 64", lambda: scan.selective_state_update(inputs, weights, ssm, many.state_ids)
-    yield "selective_scan, chunked", lambda: scan_chunked.selective_scan(inputs, weights, ssm, long)
-
-
-def decode_calls(channels: int, states: int, rank: int, format: str = "") -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the op `mamba_decode`, the fused decode of a Mamba layer, with 1 and with 256 sequences. `format`
-    is the format of x_proj and dt_proj."""
-    a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
-    weights = MambaWeights(
-        conv_weight=empty(4, channels),
-        conv_bias=empty(channels),
-        x_proj=matrix(format, rank + 2 * states, channels),
-        dt_norm=empty(rank),
-        b_norm=empty(states),
-        c_norm=empty(states),
-        eps=1e-6,
-        dt_proj=matrix(format, channels, rank),
-        scan=ScanWeights(a, d, d),
-    )
-    parts = (conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update)
-    decode = mamba.MambaDecode(*parts)
-    for rows in (1, 256):
-        ids, xz = torch.zeros(rows, dtype=torch.int32), empty(rows, 2 * channels)
-        state, ssm = empty(rows, 26, 3, channels)[:, 1], empty(rows, 26, channels, states, dtype=torch.float32)[:, 1]
-        args = (xz, decode.pack(weights), state, ssm, ids)
-        yield f"mamba_decode, {f'{format}, ' if format else ''}{rows}", lambda args=args: decode(*args)
-
-
-def attention_calls(
-    heads: int, kv_heads: int, size: int, stored: torch.dtype = torch.bfloat16
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    storage = empty(64, 2, 2, 16, kv_heads, size, dtype=stored)
-    pages = Pages(storage[:, 0, 0], storage[:, 0, 1], torch.zeros(1, 64, dtype=torch.int32), ints(1024), 1024)
-    wide = empty(512, (heads + 2 * kv_heads) * size)
-    q, k, v = (
-        part.unflatten(-1, (-1, size)) for part in wide.split([n * size for n in (heads, kv_heads, kv_heads)], 1)
-    )
-    yield "write_kv", lambda: slots.write_kv(k, v, pages.k, pages.v, torch.zeros(512, dtype=torch.int64))
-    yield "attention_prefill", lambda: attention.attention_prefill(q, pages, ints(0, 512), 512, 0.125)
-    yield "attention_decode", lambda: attention.attention_decode(q[:1], pages, 0.125)
-
-
-def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    for size in (16, 256, 4096):
-        x, weight = empty(64, size), empty(size)
-        yield f"rms_norm {size}", lambda x=x, weight=weight: norm.rms_norm(x, weight, 1e-6, x)
-    yield "silu_and_mul", lambda: moe.silu_and_mul(empty(64, 2 * 14336))
-    yield "route_experts", lambda: route.route_experts(empty(64, 16), 2)
-    state, pair = empty(4, 28, 8192, 16, dtype=torch.float32), torch.tensor([1])
-    yield "copy_slots", lambda: slots.copy_slots((state,), pair, pair + 1)
-    compressed = CompressedStates(empty(4, 28, 8192, 16, dtype=torch.int8), empty(4, 28, 8192, dtype=torch.float32))
-    yield "compress_states", lambda: slots.compress_states(state, compressed, pair, pair)
-    yield "restore_states", lambda: slots.restore_states(compressed, state, pair, pair)
-    ones = torch.ones(2)
-    inputs = SampleInputs(ones, ones, ones * 0, ones.int() * 0, ones.long())
-    logits = empty(2, 65536, dtype=torch.float32)
-    yield "sample", lambda: sample.sample(logits, inputs)
-    masks = torch.empty(2, 2048, dtype=torch.int32)
-    yield "apply_bitmask", lambda: bitmask.apply_bitmask(logits, masks, torch.tensor([1, 0]))
-
-
-def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
-    """Returns an uninitialised weight array [..., N, K]. The array is quantised in the weight format `format`, or has
-    the dtype bfloat16 if `format` is ''."""
-    return quantized.pack(FORMATS[format].empty(*shape)) if format else empty(*shape)
-
-
-def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the ops `linear` and `run_experts`. The inputs' numbers of rows are chosen so that the kernels
-    use every tile size."""
-    weight = matrix(format, 16384, 4096)
-    experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
-    name = f", {format}" if format else ""
-    for rows in (1, 32, 512) if format else (1, 512):
-        x, weights, ids = empty(rows, 4096), torch.ones(rows, 2), torch.zeros(rows, 2, dtype=torch.int32)
-        yield f"linear{name}, {rows}", lambda x=x: linear.Linear()(x, weight)
-        if format in EXPERT_FORMATS:
-            yield f"run_experts{name}, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
-
-
-def format_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls that only some models make: a decode step of a Mamba layer whose x_proj and dt_proj are quantised,
-    and rows of a quantised embedding."""
-    for format in ("Q8_0", "Q4_K"):
-        yield from decode_calls(5120, 16, 160, format)
-        embedding = matrix(format, 65536, 4096)
-        assert isinstance(embedding, quantized.PackedWeight)
-        rows = torch.zeros(8, dtype=torch.int64)
-        yield f"rows, {format}", lambda w=embedding, i=rows: linear.Linear().rows(w, i, torch.bfloat16)
-
-
-def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the matrix product x_proj of the 3B model. The kernel of this product divides the inner dimension
-    K into sections.
-
-    With few rows the sections' sums are added through memory, with many rows by one program.
-    """
-    weight = empty(192, 5120)
-    for rows in (64, 2048):
-        x = empty(rows, 5120)
-        yield f"linear, narrow, {rows}", lambda x=x: linear.Linear()(x, weight)
 
 
 def launches_on(target: int) -> list[Launch]:
@@ -399,7 +282,7 @@ def identity(launch: Launch) -> str:
 def all_launches() -> list[Launch]:
     calls = [*mamba_calls(5120, 16), *decode_calls(5120, 16, 160), *attention_calls(20, 1, 128), *row_calls()]
     calls += [call for format in ("", *FORMATS) for call in product_calls(format)]
-    calls += [*narrow_calls(), *format_calls()]
+    calls += [*sectioned_calls(), *format_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
     launches += rehearsed(launches)
     # The attention kernels are compiled again for the Mini model, because the numbers of heads are compile-time
@@ -422,6 +305,7 @@ def problems(found: list[Resources]) -> list[str]:
             messages.append(f"{r.op}: {r.kernel} takes {r.shared} bytes of shared memory on {r.target} of {limit}")
         if r.tensor_columns > TENSOR_COLUMNS:
             messages.append(f"{r.op}: {r.kernel} takes {r.tensor_columns} columns of tensor memory on {r.target}")
+    messages += [f"{r.op}: {r.kernel} accesses memory before it waits, on {r.target}" for r in found if not r.waits]
     for target in sorted({r.target for r in found}):
         sums: dict[str, set[str]] = {}
         for r in found:
@@ -466,6 +350,7 @@ def main() -> None:
         parser.error(f"--targets: {sorted(unknown)} unknown; there are {', '.join(map(str, SHARED_KIB))}")
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
+        stack.enter_context(mock.patch.object(driver, "_active", Compiling()))
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         pairs = [(launch, target) for target in targets for launch in launches_on(target)]
         jobs = [pool.submit(compile_for, *pair) for pair in pairs]

@@ -87,7 +87,7 @@ def compile_one(shape: str, capability: int, index: int, variant: Variant) -> st
     target = shapes_alone(shape)[index]
     try:
         with compiling_only(capability), applied(variant):
-            getattr(target.kernels(), target.case.op)(*target.case.prepare(target.kernels()))
+            target.case.called(target.kernels())(*target.case.prepare(target.kernels()))
     except Exception as error:  # noqa: BLE001 - the same error occurs on the GPU and is recorded there
         return f"{type(error).__name__}: {error}"
     return ""

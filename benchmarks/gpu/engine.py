@@ -1,5 +1,8 @@
-"""Runs the parts `3b` and `mini` of the GPU check. Both parts measure tokens per second of decode and tokens per second
-of prefill. Both compare the measured rates with the rates that the GPU's memory bandwidth and matmul rate allow.
+"""Runs the parts `3b`, `mini` and `dependent` of the GPU check.
+
+The parts `3b` and `mini` measure tokens per second of decode and tokens per second of prefill, and compare them with
+the rates that the GPU's memory bandwidth and matmul rate allow. The part `dependent` measures decode alone, where a
+kernel may be launched before the one before it has ended.
 
 The weights are dummies. The limits follow from the bandwidth and the matmul rate that `predict` measures.
 """
@@ -39,6 +42,7 @@ DECODE_SECONDS = 1.0
 STEPS = (8, 128)  # smallest and largest number of decode steps in one timed run
 LONG_STEPS = 32
 PROFILED_STEPS, PROFILED_KERNELS, PROFILED_PROMPT = 8, 15, 8192
+DEPENDENT = "dependent"  # the part in which a kernel may be launched before the one before it has ended
 SLOW = 20.0  # a prompt whose prefill takes at least this many seconds is timed only once
 
 
@@ -205,7 +209,8 @@ def run(job: Job, record: Record) -> None:
         if (reason := too_large(config, job)) is not None:
             record.cell(job.key("memory"), lambda: {"left_out": reason})
             return
-        measure(job, record, config, folder, ceilings)
+        with mock.patch("jamba_server.kernels.triton.launch.DEPENDENT", job.part == DEPENDENT):
+            measure(job, record, config, folder, ceilings)
     if job.device == "cuda":
         gc.collect()
         record.note(peak_memory_bytes=torch.cuda.max_memory_allocated())
@@ -241,6 +246,8 @@ def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]
     run."""
     if job.cold:
         return {job.key("first reply", "nothing compiled before"): Bench.first_reply}
+    if job.part == DEPENDENT:
+        return {job.key("dependent launches, decode", n): partial(Bench.decode, count=n) for n in sizes.sequences}
     found: dict[str, Callable[[Bench], dict[str, Any]]] = {job.key("first reply"): Bench.first_reply}
     found |= {job.key("decode", n): partial(Bench.decode, count=n) for n in sizes.sequences}
     found |= {job.key("prefill", n): partial(Bench.prefill, length=n) for n in sizes.prompts}

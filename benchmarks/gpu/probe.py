@@ -4,8 +4,9 @@
 
 It prints the C compiler, Python's headers, the versions of the packages, and every import that fails. With a GPU it
 also launches a kernel, and compares the tiles of matrix products: a row of the tile of a decode step (64 x 32) must
-have the same bits as this row of the tile of a prompt (128 x 128). All promises of equal bits rest on this. The part
-`probe` of the GPU check records the same.
+have the same bits as this row of the tile of a prompt (128 x 128). All promises of equal bits rest on this. Last it
+compares kernels that are launched before the kernel before them has ended with the same kernels, one after the other.
+The part `probe` of the GPU check records the same.
 
 Outside functions this module imports only the standard library, so that it can name whatever else is missing.
 """
@@ -33,10 +34,14 @@ VERSIONS: Final = ("torch", "triton", "numpy", "transformers", "pytest", "pytest
 # The modules of the project that each part of the GPU check begins with.
 OWN: Final = ("check", "tests", "parity", "engine", "serving", "peer_transformers", "sweep", "tune", "counters")
 PROGRAMS: Final = ("nvidia-smi", "ncu", "compute-sanitizer", "cuobjdump", "git")
-# The sizes of the compared products: numbers of rows that use the tile of a decode step, beside ROWS rows that use the
-# tile of a prompt; inputs that are no multiple of the tiles' 64; and outputs that end within a tile.
-ROWS, FEW, OUTPUTS = 256, (1, 5, 64), 1000
-INPUTS: Final = {"whole tiles": 2560, "a rest": 2600, "long": 8192}
+# The sizes of the compared products: numbers of rows that use the tiles of a decode step, beside ROWS rows that use the
+# tile of a prompt, and (outputs, inputs). Inputs that are no multiple of the tiles' 64 end within a tile, as do 1000
+# outputs. Of the last two, K is split into sections, and the tile of a prompt is the widest one.
+ROWS, FEW = 1024, (1, 5, 64)
+SIZES: Final = {"whole tiles": (1000, 2560), "a rest": (1000, 2600), "long": (1000, 8192)}
+MORE: Final = {"sections": (2560, 5120), "wide": (16384, 512)}
+# The chain of kernels whose launches are compared: the number of pairs of kernels, their size, and how often it runs.
+CHAIN, CHAIN_SIZE, REPLAYS = 50, 1024, 20
 FORMATS: Final = ("bf16", "int8", "int4", "fp8")
 
 
@@ -99,7 +104,7 @@ def launch(device: str = "cuda") -> dict[str, Any]:
     launch."""
     import torch
 
-    from jamba_server.kernels.triton.moe import silu_and_mul
+    from jamba_server.kernels.triton.gated import silu_and_mul
 
     gate_up = torch.randn(3, 200, device=device)
 
@@ -114,10 +119,10 @@ def launch(device: str = "cuda") -> dict[str, Any]:
     return {"passed": error < 1e-5, "worst": error, "first_seconds": first, "second_seconds": second}
 
 
-def tiles(format: str, device: str = "cuda", inputs: Mapping[str, int] = INPUTS) -> dict[str, Any]:
+def tiles(format: str, device: str = "cuda", sizes: Mapping[str, tuple[int, int]] = SIZES) -> dict[str, Any]:
     """Compares the products of few rows with the same rows of a product of many rows, bit by bit.
 
-    `format` is the format of the weight, and `inputs` has the sizes of K. Returns the number of products with
+    `format` is the format of the weights, and `sizes` has their outputs and inputs. Returns the number of products with
     different bits, the largest difference, and the largest error beside float64 relative to the largest result.
     """
     import torch
@@ -127,9 +132,9 @@ def tiles(format: str, device: str = "cuda", inputs: Mapping[str, int] = INPUTS)
 
     linear, generator = Linear(), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"products": 0, "different": 0, "largest_difference": 0.0, "beside_float64": 0.0}
-    for size in inputs.values():
+    for outputs, size in sizes.values():
         x = torch.randn(ROWS, size, generator=generator).to(device, torch.bfloat16)
-        weight = (torch.randn(OUTPUTS, size, generator=generator) / size**0.5).to(device, torch.bfloat16)
+        weight = (torch.randn(outputs, size, generator=generator) / size**0.5).to(device, torch.bfloat16)
         packed = linear.pack(weight if format == "bf16" else quantize(weight, format))  # pyright: ignore[reportArgumentType]
         many = linear(x, packed)
         if format == "bf16":
@@ -146,9 +151,64 @@ def tiles(format: str, device: str = "cuda", inputs: Mapping[str, int] = INPUTS)
     return {"passed": not found["different"] and found["beside_float64"] < 1e-2, **found}
 
 
+def dependent(device: str = "cuda") -> dict[str, Any]:
+    """Compares a chain of kernels whose launches do not wait for the kernel before (`launch.DEPENDENT`) with the same
+    chain, bit by bit, in a CUDA graph that runs many times. Returns the microseconds of a kernel in both chains."""
+    from unittest import mock
+
+    import torch
+
+    from jamba_server.kernels.triton import launch
+    from jamba_server.kernels.triton.linear import Linear
+    from jamba_server.kernels.triton.norm import rms_norm
+
+    linear, generator = Linear(), torch.Generator().manual_seed(0)
+    weight = (torch.randn(CHAIN_SIZE, CHAIN_SIZE, generator=generator) / 8).to(device, torch.bfloat16)
+    x = torch.randn(3, CHAIN_SIZE, generator=generator).to(device, torch.bfloat16)
+
+    def chain() -> torch.Tensor:
+        y = x
+        for _ in range(CHAIN):
+            y, _ = rms_norm(linear(y, weight), weight[0], 1e-6)
+        return y
+
+    expected, found = chain(), dict[str, float]()
+    same = True
+    for name, early in (("us", False), ("us_dependent", True)):
+        with mock.patch.object(launch, "DEPENDENT", early):
+            results, seconds = _replayed(chain, device)
+        same &= all(torch.equal(result, expected) for result in results)
+        found[name] = 1e6 * seconds / (2 * CHAIN)
+    return {"passed": same, **found}
+
+
+def _replayed(chain: Callable[[], Any], device: str) -> tuple[list[Any], float]:
+    """Returns the results of a chain of kernels that a graph runs several times, and the seconds of the last run.
+    Without a GPU, the chain runs once."""
+    import torch
+
+    if device == "cpu":
+        return [chain()], 0.0
+    chain()  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain()
+    results: list[Any] = []
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(REPLAYS):
+        start.record()
+        graph.replay()
+        end.record()
+        results.append(result.clone())
+    end.synchronize()
+    return results, start.elapsed_time(end) / 1e3
+
+
 def cells() -> dict[str, Callable[[], dict[str, Any]]]:
     """Returns the cells that need a GPU, in order."""
-    return {"gpu": gpu, "launch": launch} | {f"equal bits of tiles, {name}": partial(tiles, name) for name in FORMATS}
+    equal = {f"equal bits of tiles, {name}": partial(tiles, name) for name in FORMATS}
+    more = {f"equal bits of larger tiles, {name}": partial(tiles, name, sizes=MORE) for name in FORMATS[:2]}
+    return {"gpu": gpu, "launch": launch, **equal, **more, "dependent launches": dependent}
 
 
 def run(job: Job, record: Record) -> None:

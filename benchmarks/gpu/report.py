@@ -15,7 +15,7 @@ Parts = dict[str, dict[str, Any]]
 
 FIRST_REPLY_SECONDS = 10.0
 COLUMNS = "| model | weights, engine | what | predicted tok/s | measured | share | target | transformers |"
-ENGINE_PARTS = ("3b", "mini")
+ENGINE_PARTS = ("3b", "mini", "dependent")
 SHOWN_TILES = 20
 CEILINGS = (
     "Measured before and after each run: bytes a second of a copy (read and written), and the rate of a bfloat16",
@@ -163,6 +163,7 @@ def engine(parts: Parts) -> list[str]:
     for part in ENGINE_PARTS:
         for key, row, run in _measured(parts, part):
             shape, stored, what = split(key, row, run)
+            what += ", dependent launches" if part == "dependent" else ""
             cells = [shape, stored, what, _rate(row["predicted"]), _rate(row["tok_s"]), _share(row)]
             wanted = target(row)
             cells += ["" if wanted is None else f"{wanted:.0%}", peers.get((shape, what), "")]

@@ -18,16 +18,20 @@ from benchmarks.gpu.sweep import config_of
 from benchmarks.gpu.variants import (
     Variant,
     attention_variants,
+    gated_variants,
     mamba_decode_variants,
     narrow_variants,
     product_variants,
     scan_variants,
+    sectioned_variants,
 )
 from jamba_server.engine.config import Quantization
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization import FORMATS
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.table import select
+
+MOST_OUTPUTS = 4096  # The kernels may split the sums of a weight with at most this number of rows into sections.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +79,8 @@ class Target:
         if case.op == "mamba_decode":
             results = case.args[0][:, : case.args[0].shape[1] // 2]
         if case.op == "linear":
-            results = case.args[0].new_empty(len(case.args[0]), len(case.weights[0]), device="meta")
+            outputs = len(case.weights[0]) // (2 if case.method else 1)
+            results = case.args[0].new_empty(len(case.args[0]), outputs, device="meta")
         return Work(bytes=case.bytes_moved(results), operations=case.operations)
 
     def kernels(self) -> Kernels:
@@ -121,6 +126,7 @@ class Targets:
         experts = sum(self.config.is_moe(layer) for layer in layers)
         if dense := len(layers) - experts:
             yield self._linear("gate_up", 2 * m.f, m.h, dense, quantization)
+            yield self._gated(dense, quantization)
             yield self._linear("down", m.h, m.f, dense, quantization)
         if experts:
             weights = self.maker.expert_weights()
@@ -137,6 +143,22 @@ class Targets:
             variants = product_variants("linear", rows, quantized=quantization is not None)
             if name == "x_proj":
                 variants = narrow_variants(rows)
+            elif outputs <= MOST_OUTPUTS:
+                variants = sectioned_variants(rows, quantized=quantization is not None)
+            targets.append(Target(case=case, label=case.label, count=count, variants=variants))
+        return targets
+
+    def _gated(self, count: int, quantization: Quantization | None) -> list[Target]:
+        """Returns calls of the product gate_up with its activation, which a model makes in place of `gate_up`."""
+        from jamba_server.kernels.triton.gated import silu_and_mul
+
+        m, targets = self.maker.shape, list[Target]()
+        weight = self.maker.matrix(2 * m.f, m.h)
+        for rows in self.rows:
+            label = " ".join(filter(None, ("gated gate_up", quantization)))
+            case = self.maker.linear(f"{label}, {rows} rows", rows, weight, quantization)
+            case = replace(case, method="gated", args=(*case.args, silu_and_mul))
+            variants = gated_variants(rows, quantized=quantization is not None)
             targets.append(Target(case=case, label=case.label, count=count, variants=variants))
         return targets
 

@@ -48,7 +48,7 @@ TOLERANCE = 1e-2
 # The labels of the calls that are timed first: products in bfloat16 with few and with many rows, and int8 experts.
 FIRST = re.compile(
     r"^(in_proj|out_proj|gate_up|down|qkv_proj|lm_head|x_proj), (1|8|64|2048|8192) rows$"
-    r"|^experts, int8, |^(gate_up|down) int8, (1|64|8192) rows$"
+    r"|^experts, int8, |^(gate_up|down) int8, (1|64|8192) rows$|^gated gate_up, (1|64|8192) rows$"
 )
 
 
@@ -154,7 +154,7 @@ class Bench:
 
     def __init__(self, case: Case, kernels: Kernels, packed: list[Any], device: str) -> None:
         self._case, self._device = case, device
-        self._op: Any = getattr(kernels, case.op)
+        self._op = case.called(kernels)
         self._packed = packed[0]
         count = min(copies(case, device), len(packed)) if case.weights else copies(case, device)
         weights = packed[:count] if case.weights else [None] * count

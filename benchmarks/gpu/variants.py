@@ -19,7 +19,7 @@ SHARED_BYTES = 227 << 10  # largest size in bytes of the shared memory that a th
 # tile sizes are used for at most FEW_ROWS rows. If the weights are quantised, the special tile sizes are used for
 # at most FEWER_ROWS rows.
 FEW_ROWS, FEWER_ROWS = 64, 16
-PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
+PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for", "gated": "gated.tile_for"}
 Fields = dict[str, int | None]
 
 
@@ -97,9 +97,14 @@ def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
 
 
 def product_variants(op: str, rows: int, *, quantized: bool) -> list[Variant]:
-    """Returns the variants of the matrix product in the op `linear` or `run_experts`, for products with `rows` rows."""
+    """Returns the variants of the matrix product in the op `linear` or `run_experts`, or of a gated product, for `rows`
+    rows."""
     tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
-    return _distinct(Variant({PRODUCT_TILES[op]: tile}) for tile in tiles)
+    found = [Variant({PRODUCT_TILES[op]: tile}) for tile in tiles]
+    if rows > FEW_ROWS:  # in which order the tiles are computed
+        module = PRODUCT_TILES[op].split(".")[0]
+        found += constants(True, **{f"{module}__GROUP": (4, 8, 32, 1 << 20)})
+    return _distinct(found)
 
 
 def _distinct(variants: Iterable[Variant]) -> list[Variant]:
@@ -154,20 +159,44 @@ def _quantized_tiles(rows: int) -> Iterator[Fields]:
 
 def narrow_variants(rows: int) -> list[Variant]:
     """Returns the variants of the matrix product x_proj, whose kernel divides the inner dimension K into sections."""
-    tiles = grid("narrow.tile_for", columns=(16, 32, 64), num_stages=(3, 4, 6), num_warps=(4,))
+    tiles = grid("sections.tile_for", columns=(16, 32, 64), num_stages=(3, 4, 6), num_warps=(4,))
     if rows > FEW_ROWS:
-        wide = grid("narrow.tile_for", rows=(64, 128), columns=(32, 64), num_stages=(3, 4), num_warps=(4, 8))
+        wide = grid("sections.tile_for", rows=(64, 128), columns=(32, 64), num_stages=(3, 4), num_warps=(4, 8))
         tiles = iter([*tiles, *wide])
-    sections = constants(False, narrow__SECTION=(256, 1024))
-    return _distinct([*tiles, *sections, *constants(True, narrow__MANY_ROWS=(64, 1 << 20))])
+    sections = constants(False, sections__SECTION=(256, 1024))
+    return _distinct([*tiles, *sections, *constants(True, sections__MANY_ROWS=(64, 1 << 20))])
+
+
+def gated_variants(rows: int, *, quantized: bool) -> list[Variant]:
+    """Returns the variants of a product with its activation. In the last one the activation has a kernel of its own."""
+    return [*product_variants("gated", rows, quantized=quantized), Variant({"linear.silu_and_mul": "separate"})]
+
+
+def sectioned_variants(rows: int, *, quantized: bool) -> list[Variant]:
+    """Returns the variants of a matrix product whose weight has at most 4,096 rows, such as out_proj and down.
+
+    K is not split with MOST_OUTPUTS 0, as it was not before, and its sections are shorter or longer with other numbers
+    of PROGRAMS. The other variants are tiles, and whether one program computes all sections.
+    """
+    found = [*constants(False, sections__MOST_OUTPUTS=(0,), sections__PROGRAMS=(80, 240, 320))]
+    found += constants(True, sections__MANY_ROWS_WIDE=(64, 1 << 20))
+    tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
+    found += [Variant({"sections.wide_tile_for": tile}) for tile in tiles]
+    if rows <= FEW_ROWS and not quantized:  # without sections, the narrowest tiles give the most programs
+        narrow = [_tile(64, 16, 4, stages, inner=inner) for inner, stages in ((64, 10), (128, 5))]
+        found += [Variant({"sections.MOST_OUTPUTS": 0, "linear.tile_for": tile}, exact=False) for tile in narrow]
+    if rows > FEW_ROWS and not quantized:  # without sections, the widest tile has room for its sums
+        wide = _tile(128, 256, 8, 3, inner=64)
+        found.append(Variant({"sections.MOST_OUTPUTS": 0, "linear.tile_for": wide}, exact=False))
+    return _distinct(found)
 
 
 def mamba_decode_variants() -> list[Variant]:
     found = [*constants(True, mamba__STAGES=(1, 3), mamba__PROGRAMS=(1, 256, 4096, 1 << 20))]
     found += constants(True, mamba__block_channels=(64, 128))
-    found += grid("narrow.tile_for", columns=(16, 64), num_stages=(4, 6))
+    found += grid("sections.tile_for", columns=(16, 64), num_stages=(4, 6))
     found += grid("mamba.tile_for", num_warps=(2, 8), exact=False)
-    return [*found, *constants(False, narrow__SECTION=(256, 1024))]
+    return [*found, *constants(False, sections__SECTION=(256, 1024))]
 
 
 def attention_variants(*, decode: bool) -> list[Variant]:
@@ -181,10 +210,15 @@ def attention_variants(*, decode: bool) -> list[Variant]:
         for warps, stages in product((4, 8), (1, 2, 3, 4, 6)[: 5 if own else 3])
     ]
     found = [Variant({place: chosen}, exact=chosen["num_warps"] == 4) for chosen in options]
-    for keys, chosen in product((16, 64, 128), options):
+    for keys, chosen in product((16, 32, 64, 128), options):
         if chosen["num_stages"] in (2, 3):
             found.append(Variant({"attention._tile": {"KEYS": keys}, place: chosen}, exact=False))
-    found += grid("attention._tile", ROWS=(16,) if decode else (128,), exact=False)
+    if decode:
+        found += grid("attention._tile", ROWS=(16,), exact=False)
+    else:
+        found += grid("attention._tile", ROWS=(64, 128))
+    if decode:
+        found += constants(True, attention__DECODE_PROGRAMS=(1024, 1 << 30))
     return [*found, *constants(False, attention__SPLIT=(256, 1024))]
 
 

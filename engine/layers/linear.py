@@ -11,7 +11,8 @@ from torch import Tensor
 from jamba_server.engine.layers.parameter import Backend, Destination, Raw, Unit, part
 from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization import Role
-from jamba_server.kernels.ops import StackedWeight
+from jamba_server.kernels.gated_linear import GatedLinear
+from jamba_server.kernels.ops import SiluAndMul, StackedWeight
 
 WHOLE_TENSORS: Final[Mapping[str, Piece | None]] = {}
 
@@ -68,6 +69,13 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._linear(x, self._weight, self._bias)
+
+    def gated(self, x: Tensor, activation: SiluAndMul) -> Tensor:
+        """Returns activation(self(x)), in one kernel where the implementation of the product has one. There must be no
+        bias."""
+        if isinstance(self._linear, GatedLinear):
+            return self._linear.gated(x, self._weight, activation)
+        return activation(self(x))
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """Splits the output [T, N] into one view for each projection. The row stride of each view is N."""

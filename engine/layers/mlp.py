@@ -23,7 +23,7 @@ class Mlp:
         self._silu_and_mul = backend.kernels.silu_and_mul
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._silu_and_mul(self._gate_up(x)))
+        return self._down(self._gate_up.gated(x, self._silu_and_mul))
 
     def units(self, prefix: str) -> Units:
         yield self._gate_up.unit(prefix)

@@ -9,7 +9,8 @@ same bits in prefill and decode.
 
 A tile has ROWS rows: the query heads that read one KV head, of as many tokens as fit. In decode only the rows of one
 token are used. The empty rows cost no time, because decode is memory-bound. With fewer rows the compiler would use
-another tensor-core instruction, which adds in another order.
+another tensor-core instruction, which adds in another order. Prefill may have twice as many rows and warps: two groups
+of four warps then share the keys and values that they load. Each row stays in one warp, so its bits do not change.
 
 A program computes its values as two halves of at most 64 columns, with one product each. For a wider product the
 compiler would divide the columns among the warps instead of the rows, so that every warp would hold all queries.
@@ -25,12 +26,23 @@ from torch import Tensor
 
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Pages
-from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
+from jamba_server.kernels.triton.launch import (
+    EXACT,
+    LOG2_E,
+    capability,
+    cdiv,
+    dot,
+    follow,
+    jit,
+    next_power_of_2,
+    rounded,
+)
 
 # A split is a range of SPLIT consecutive keys of a sequence. A kernel sums the weighted values of each split
 # separately, and then merges the sums of all splits.
 SPLIT = 512
 ROWS = 64  # The number of query rows in a tile, unless the function `_tile` chooses another number.
+MANY_ROWS = 128  # The number of query rows in a tile of prefill on GPUs of compute capability 9.
 # The largest number of output columns that a program computes. A program keeps its sums in registers, and the sums of
 # more columns would not fit.
 VALUES = 128
@@ -44,17 +56,22 @@ DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
 WIDE_BYTES = 512
 # The largest size in bytes of the split results that decode stores at one time. This size limits the number of
 # sequences that one launch processes. A launch always processes at least one sequence.
-PARTIAL_BYTES = 64 * 1024**2
+PARTIAL_BYTES = 256 * 1024**2
+# The largest number of programs of one launch in decode, unless there are more pairs of a sequence and a KV head. The
+# host knows the longest context only, so most programs of a launch may have no split to compute. If a sequence has more
+# splits than programs, each of its programs computes several splits.
+DECODE_PROGRAMS = 4096
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
     """Implements the protocol `AttentionPrefill`, which is documented in the module `kernels.ops`."""
     _, heads, size = q.shape
-    tile = _tile(q, pages)
+    tile = _tile(q, pages, max_query_len)
+    options = {"num_warps": 8 if tile["ROWS"] == MANY_ROWS else 4} | OPTIONS
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tiles, parts = cdiv(max_query_len, tile["ROWS"] // tile["GROUP"]), cdiv(size, VALUES)
     prefill_kernel[(tiles, pages.k.shape[2] * parts, len(query_start) - 1)](
-        q, *_pages(pages), query_start, out, *q.stride()[:2], heads, scale, **tile, **OPTIONS
+        q, *_pages(pages), query_start, out, *q.stride()[:2], heads, scale, **tile, **options
     )
     return out
 
@@ -73,9 +90,12 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for first in range(0, sequences, at_once):
         count = min(at_once, sequences - first)
-        decode_kernel[(splits, pages.k.shape[2] * cdiv(size, VALUES), count)](
-            q, *_pages(pages), maxima, weight_sums, values, *q.stride()[:2], heads, scale, first, **tile, **options
-        )
+        pairs = pages.k.shape[2] * cdiv(size, VALUES)
+        programs = max(1, min(splits, DECODE_PROGRAMS // (pairs * count)))
+        decode_kernel[(programs, pairs, count)](
+            *(q, *_pages(pages), maxima, weight_sums, values, *q.stride()[:2], heads, scale, splits, first),
+            **tile, **options,
+        )  # fmt: skip
         merge_kernel[(heads, count)](
             *(maxima, weight_sums, values, pages.context_lens, out, splits, first),
             SPLIT=SPLIT, SIZE=size, BLOCK_Z=tile["BLOCK_Z"], **EXACT,
@@ -83,7 +103,8 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     return out
 
 
-def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
+def _tile(q: Tensor, pages: Pages, queries: int = 1) -> dict[str, int]:
+    """Returns the sizes of a tile, for at most `queries` tokens of each sequence. Only ROWS depends on `queries`."""
     _, heads, size = q.shape
     group, block = heads // pages.k.shape[2], max(32, next_power_of_2(size))
     require(q.stride(2) == 1, "q", q, "have contiguous heads")
@@ -96,6 +117,11 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     large = capability()[0] in (9, 10)
     key_bytes = 64 if large and size <= VALUES else 32
     rows = ROWS if large or size * q.element_size() <= WIDE_BYTES else 16
+    # With more keys in a block, the sums are rescaled less often. On GPUs of compute capability 10, a row of a larger
+    # tile would be divided between two warps, and its bits would change.
+    if capability()[0] == 9 and size <= VALUES and q.element_size() == 2:
+        key_bytes = 128
+        rows = MANY_ROWS if queries * group > ROWS else ROWS
     return {
         "SIZE": size,
         "GROUP": group,
@@ -128,6 +154,7 @@ def prefill_kernel(
 
     The grid is (tiles of the longest sequence, KV heads * parts, sequences). A part has 2 * HALF columns of the values.
     """
+    follow()
     parts: tl.constexpr = (SIZE + 2 * HALF - 1) // (2 * HALF)
     sequence, kv_head, part = tl.program_id(2), tl.program_id(1) // parts, tl.program_id(1) % parts
     start = tl.load(query_start + sequence)
@@ -163,26 +190,28 @@ def prefill_kernel(
     tl.store(at + HALF, rounded(high / weight_sum, out.type.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["first", "table_stride"])
+@jit(do_not_specialize=["splits", "first", "table_stride"])
 def decode_kernel(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
     block_tables: tl.tensor, context_lens: tl.tensor,
     table_stride: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
     maxima: tl.tensor, weight_sums: tl.tensor, values: tl.tensor,
-    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor, first: tl.tensor,
+    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor,
+    splits: tl.tensor, first: tl.tensor,
     SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Computes decode attention for one token of a sequence, over one split of the keys.
+    """Computes decode attention for one token of a sequence. A program computes every n-th split of the keys, where n
+    is the first size of the grid.
 
-    The grid is (splits of the longest context, KV heads * parts, sequences from `first` on). A part has 2 * HALF
-    columns of the values.
+    The grid is (programs of a pair, KV heads * parts, sequences from `first` on). A part has 2 * HALF columns of the
+    values. `splits` is the number of splits of the longest context.
     """
+    follow()
     parts: tl.constexpr = (SIZE + 2 * HALF - 1) // (2 * HALF)
     sequence, kv_head, part = first + tl.program_id(2), tl.program_id(1) // parts, tl.program_id(1) % parts
-    split = tl.program_id(0)
     context = tl.load(context_lens + sequence)
-    if split * SPLIT >= context:
+    if tl.program_id(0) * SPLIT >= context:
         return
     r, z = tl.arange(0, ROWS), tl.arange(0, BLOCK_Z)[None, :]
     head = kv_head * GROUP + r
@@ -192,16 +221,17 @@ def decode_kernel(
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
     table = block_tables + sequence.to(tl.int64) * table_stride
     column = part * (2 * HALF) + tl.arange(0, HALF)[None, :]
-    maximum, weight_sum, low, high = attend(
-        tile, k_head, v_head, table, visible, split * SPLIT, context, column, page_stride, token_stride, scale,
-        SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
-    )  # fmt: skip
-    place = (tl.program_id(2).to(tl.int64) * heads + head) * tl.num_programs(0) + split
-    tl.store(maxima + place, maximum, mask=r < GROUP)
-    tl.store(weight_sums + place, weight_sum, mask=r < GROUP)
-    at = values + place[:, None] * SIZE + column
-    tl.store(at, low, mask=(r < GROUP)[:, None] & (column < SIZE))
-    tl.store(at + HALF, high, mask=(r < GROUP)[:, None] & (column + HALF < SIZE))
+    for start in range(tl.program_id(0) * SPLIT, context, tl.num_programs(0) * SPLIT):
+        maximum, weight_sum, low, high = attend(
+            tile, k_head, v_head, table, visible, start, context, column, page_stride, token_stride, scale,
+            SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
+        )  # fmt: skip
+        place = (tl.program_id(2).to(tl.int64) * heads + head) * splits + start // SPLIT
+        tl.store(maxima + place, maximum, mask=r < GROUP)
+        tl.store(weight_sums + place, weight_sum, mask=r < GROUP)
+        values_at = values + place[:, None] * SIZE + column
+        tl.store(values_at, low, mask=(r < GROUP)[:, None] & (column < SIZE))
+        tl.store(values_at + HALF, high, mask=(r < GROUP)[:, None] & (column + HALF < SIZE))
 
 
 @jit(do_not_specialize=["splits", "first"])
@@ -221,6 +251,7 @@ def merge_kernel(
 
     The grid is (query heads, sequences from index `first` on).
     """
+    follow()
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     one, z = tl.arange(0, 1), tl.arange(0, BLOCK_Z)[None, :]
     maximum, weight_sum = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels.arguments import require
-from jamba_server.kernels.triton.launch import cdiv, jit
+from jamba_server.kernels.triton.launch import cdiv, follow, jit
 
 BLOCK = 4096  # The number of logits that one program of the Triton grid handles.
 
@@ -37,6 +37,7 @@ def mask_kernel(
 ) -> None:
     """Sets the logits of forbidden tokens to minus infinity in one block of one row. The grid is (number of masks,
     blocks of a row)."""
+    follow()
     n, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + n)
     words = tl.load(masks + n * mask_stride + i // 32, mask=i < size, other=-1)

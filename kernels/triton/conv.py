@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Segments
-from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded, silu
+from jamba_server.kernels.triton.launch import EXACT, cdiv, follow, jit, next_power_of_2, rounded, silu
 
 BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
 
@@ -75,6 +75,7 @@ def conv_kernel(
     write the new states. BLOCK_T is at least WIDTH - 1, except with DECODE, where row i is the only row of sequence i
     and every sequence has a state.
     """
+    follow()
     sequence, block = tl.program_id(2), tl.program_id(1)
     if DECODE:
         start, length, known = sequence, 1, sequence >= 0

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
 from jamba_server.kernels.triton import interpreted
@@ -26,16 +27,24 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """This launch option is for kernels whose bits must equal those of another kernel. It lets only `tl.fma` fuse a
 multiplication and an addition."""
 
+DEPENDENT = False
+"""Whether a kernel may be launched while the kernel before it still runs (programmatic dependent launch). Its programs
+then take their places on the multiprocessors early, and wait in the function `follow`. GPUs below compute capability
+9.0 cannot do this. It is off until a GPU has shown that it gives the same bits in less time."""
+
 _only_compiles: ContextVar[bool] = ContextVar("_only_compiles", default=False)
 
 
 class Kernel(JITFunction[Any]):
     """A Triton kernel, which is compiled at its first launch with each combination of argument types.
 
-    Inside `compile_launches` a launch only compiles the kernel and does not run it.
+    Inside `compile_launches` a launch only compiles the kernel and does not run it. Every kernel begins with a call of
+    `follow`, because with DEPENDENT it may start before the kernel that writes its inputs has ended.
     """
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if DEPENDENT and capability() >= (9, 0):
+            options["launch_pdl"] = True
         return super().run(*args, grid=grid, warmup=warmup or _only_compiles.get(), **options)
 
 
@@ -93,6 +102,18 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """Returns the smallest power of two that is at least n. n must be at least 1."""
     return 1 << (n - 1).bit_length()
+
+
+@jit
+def follow() -> None:
+    """Waits until the kernels that were launched before have ended and what they wrote can be read. Then allows the
+    launch of the next kernel, which in turn waits for this one. At most two kernels therefore overlap.
+
+    This is the first statement of every kernel. Where a kernel is not launched as a dependent, nothing is waited for.
+    """
+    if not INTERPRETED and tl.target_info.cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @jit

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels.arguments import require
-from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
+from jamba_server.kernels.ops import QuantizedWeight, SiluAndMul, StackedWeight, Weight
 from jamba_server.kernels.triton.formats import chunk_of, group_of, has, part_of
-from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, rounded
-from jamba_server.kernels.triton.narrow import is_narrow, narrow_linear
-from jamba_server.kernels.triton.product import product, tile_for
+from jamba_server.kernels.triton.gated import gated_linear, silu_and_mul
+from jamba_server.kernels.triton.launch import EXACT, cdiv, follow, jit, rounded
+from jamba_server.kernels.triton.product import GROUP, product, tile_for, tile_of
 from jamba_server.kernels.triton.quantized import SUPER, PackedWeight, factors, numbers, pack, read
+from jamba_server.kernels.triton.sections import section_of, sectioned_linear
 
 CHUNKS = 16  # The number of chunks of a row that a program of `rows_kernel` converts.
 
@@ -65,6 +66,14 @@ class Linear:
             start = end
         return out
 
+    def gated(self, x: Tensor, weight: Tensor | PackedWeight | Stacked, activation: SiluAndMul) -> Tensor:
+        """Implements `GatedLinear.gated`, a method of the protocol that the module `kernels.gated_linear` documents."""
+        packed = None if isinstance(weight, Stacked) else read(weight)
+        if activation is not silu_and_mul or packed is None or section_of(len(packed.words), packed.inputs):
+            return activation(self(x, weight))
+        _check(x, packed)
+        return gated_linear(x, packed)
+
     def sums(self, x: Tensor, weight: Tensor | PackedWeight, out: Tensor) -> None:
         """Implements `Linear.sums`, a method of the protocol that the module `kernels.ops` documents."""
         require(out.dtype == torch.float32 and out.is_contiguous(), "out", out, "be float32 and contiguous")
@@ -79,13 +88,12 @@ def pack_one(weight: Tensor | QuantizedWeight) -> Tensor | PackedWeight:
 def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
     """Writes x @ weight.T + bias to `out` [T, N], whose rows may be parts of wider rows."""
     rows, outputs = out.shape
-    fits = x.shape[1] == weight.inputs and x.stride(1) == 1 and (bool(weight.format) or x.dtype == weight.words.dtype)
-    require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
-    if is_narrow(outputs, weight.inputs):
-        narrow_linear(x, weight, bias, out)
+    _check(x, weight)
+    if section_of(outputs, weight.inputs):
+        sectioned_linear(x, weight, bias, out)
         return
-    tile = tile_for(rows, x.element_size(), weight.format)
-    linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
+    tile = tile_for(rows, x.element_size(), weight.format, outputs)
+    linear_kernel[(cdiv(rows, tile.rows) * cdiv(outputs, tile.columns),)](
         x,
         *weight.tensors,
         weight.words if bias is None else bias,
@@ -98,8 +106,15 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor)
         HAS_BIAS=bias is not None,
         FORMAT=weight.format,
         STAGES=tile.num_stages,
+        GROUP=GROUP,
         **tile.options,
     )
+
+
+def _check(x: Tensor, weight: PackedWeight) -> None:
+    """Raises ValueError if x cannot be multiplied by the weight."""
+    fits = x.shape[1] == weight.inputs and x.stride(1) == 1 and (bool(weight.format) or x.dtype == weight.words.dtype)
+    require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
 
 
 @jit(do_not_specialize=["rows"])
@@ -123,13 +138,13 @@ def linear_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
-    """Computes one tile of x @ weight.T + bias. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS)).
-
-    Programs with consecutive ids read the same part of the weight, so the cache serves all but the first of them.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """Computes one tile of x @ weight.T + bias. The grid is (cdiv(rows, ROWS) * cdiv(outputs, COLUMNS))."""
+    follow()
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS), GROUP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = product(
         x + row.to(tl.int64) * x_stride,
         (words, scales, supers, zeros, table),
@@ -165,6 +180,7 @@ def rows_kernel(
     CHUNKS: tl.constexpr,
 ) -> None:
     """Converts some chunks of one row of a quantised weight. The grid is (len(ids), cdiv(chunks of a row, CHUNKS))."""
+    follow()
     inner: tl.constexpr = part_of(FORMAT)
     chunk: tl.constexpr = chunk_of(FORMAT)
     size: tl.constexpr = group_of(FORMAT)

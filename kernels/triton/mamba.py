@@ -2,7 +2,7 @@
 
 The launches are the convolution, x_proj and a fused kernel. The fused kernel computes the norms, dt_proj and the state
 update. It calls the same functions on the same tiles as the separate kernels, so it gives the same bits. With few rows
-it also adds the sections of x_proj's product (see `kernels.triton.narrow`). Every program repeats this sum, which for
+it also adds the sections of x_proj's product (see `kernels.triton.sections`). Every program repeats this sum, which for
 many rows would cost more than a separate launch.
 """
 
@@ -20,13 +20,13 @@ from jamba_server.kernels import torch_ops
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import KernelUnavailable, MambaWeights
 from jamba_server.kernels.triton.conv import causal_conv1d_update
-from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded
+from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, follow, jit, next_power_of_2, rounded
 from jamba_server.kernels.triton.linear import Linear
-from jamba_server.kernels.triton.narrow import add_sections, is_narrow, section_product, section_sums, tile_for
 from jamba_server.kernels.triton.norm import normalized, rms_norm, tile_rows
 from jamba_server.kernels.triton.product import quantized_product
 from jamba_server.kernels.triton.quantized import PackedWeight, read
 from jamba_server.kernels.triton.scan import load, selective_state_update, step
+from jamba_server.kernels.triton.sections import add_sections, section_of, section_product, section_sums, tile_for
 
 PROGRAMS = 1024
 """This number of programs fills a large GPU. With fewer programs, each computes one row only."""
@@ -65,7 +65,7 @@ class MambaDecode:
         u = causal_conv1d_update(x, weights.conv_weight, weights.conv_bias, conv_state, state_ids)
         x_proj, quantized = read(weights.x_proj), bool(read(weights.dt_proj).format)
         few = program_rows(len(u), *weights.scan.a.shape, quantized=quantized) == 1
-        sectioned = few and is_narrow(len(x_proj.words), x_proj.inputs)
+        sectioned = few and section_of(len(x_proj.words), x_proj.inputs) > 0
         projected = section_sums(u, x_proj) if sectioned else self._linear(u, weights.x_proj)
         return _update(u, z, projected, weights, ssm_state, state_ids)
 
@@ -182,9 +182,9 @@ def update_kernel(
     there and reads them in another layout. All programs of the same rows write the same bits into `normed`. With
     SECTIONED, where ROWS is 1, `projected` holds the sums of x_proj's sections. `words` to `table` belong to dt_proj.
     """
-    first = tl.program_id(1).to(tl.int64) * ROWS
+    follow()
+    first, width = tl.program_id(1).to(tl.int64) * ROWS, rank + 2 * STATES
     end = tl.minimum(first + ROWS, rows)
-    width = rank + 2 * STATES
     if SECTIONED:
         column = first * width + tl.arange(0, BLOCK_P)
         mask = tl.arange(0, BLOCK_P) < width

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
+from jamba_server.kernels.triton.launch import EXACT, cdiv, follow, jit, next_power_of_2, rounded
 
 # The number of elements that a program normalises. If a row has more elements, a program normalises only this row.
 PROGRAM_ELEMENTS = 2048
@@ -65,6 +65,7 @@ def norm_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Adds the tensor `residual`, if given, to ROWS rows of x. Normalises the sums. The grid is (cdiv(rows, ROWS))."""
+    follow()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < size)

@@ -1,14 +1,18 @@
 """The modules `linear` and `moe` share this matrix product. Its sums run over K in ascending order, in fixed tiles.
 
 Tiles have at least 64 rows, even for one token, because the compiler uses another tensor-core instruction for fewer
-rows. The empty rows cost no time where the product is memory-bound. There are two shapes of tile: many rows for
+rows. The empty rows cost no time where the product is memory-bound. There are several shapes of tile: many rows for
 prefill, few columns for decode, so that every multiprocessor reads a part of the weight. A row has the same bits in
-both shapes if the tensor cores add over K in the same order for every width of the tile. This holds for one and the
+all shapes if the tensor cores add over K in the same order for every width of the tile. This holds for one and the
 same instruction, and it must be checked on every GPU (`tests/kernels/test_triton.py` compares with `==`).
 
 For a quantised weight the transposed tile, weight @ x.T, is computed. The weight's numbers are computed in registers,
 and tensor cores can read only their first operand from registers. The tile then has at least 64 columns and as few as
-16 rows.
+16 rows. With more rows, each number that is computed serves more of them.
+
+Programs that run at the same time should read the same parts of x and of the weight, so that most of these reads are
+served by the L2 cache. The function `tile_of` therefore numbers the tiles in groups of GROUP tiles of rows: within a
+group, all its tiles of rows are computed for one tile of columns before the next tile of columns.
 """
 
 # Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
@@ -22,11 +26,16 @@ from typing import Any, NamedTuple
 import triton.language as tl
 
 from jamba_server.kernels.triton.formats import chunk_of, group_of, has, kind_of, part_of
-from jamba_server.kernels.triton.launch import EXACT, dot, jit
+from jamba_server.kernels.triton.launch import EXACT, capability, cdiv, dot, jit
 from jamba_server.kernels.triton.quantized import SUPER, factors, numbers
 
 FEW_ROWS = 64
 FEWER_ROWS = 16  # The number of rows of x in the smallest tile, for quantised weights only.
+GROUP = 16  # The number of tiles of rows in a group, which the function `tile_of` explains.
+# The number of programs from which on a product of many rows uses the widest tile: three for each of about 130
+# multiprocessors. With fewer programs, the last ones would leave too many multiprocessors idle.
+WIDE_PROGRAMS = 400
+ENOUGH_PROGRAMS = 264  # Two programs for each multiprocessor.
 
 
 class Tile(NamedTuple):
@@ -56,20 +65,27 @@ class Tile(NamedTuple):
         }
 
 
-def tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
+def tile_for(rows: int, item_bytes: int, format: str = "", columns: int = 0) -> Tile:
     """Returns the tile for a product with `rows` rows of x, whose elements have `item_bytes` bytes.
 
-    `format` is the weight's format, or "" if the weight is not quantised.
+    `format` is the weight's format, or "" if the weight is not quantised. `columns` is the number of columns of the
+    result, of all weights that are multiplied at the same time. With 0, the widest tile is not chosen.
     """
     if format:
-        return _quantized_tile(rows, item_bytes, format)
+        return _quantized_tile(rows, item_bytes, format, columns)
     inner = 128 // item_bytes
-    if rows <= FEW_ROWS:
+    # Each program reads all of its rows of x, so narrow tiles read x too often unless there are few rows or columns.
+    if rows <= FEWER_ROWS or (rows <= FEW_ROWS and 0 < columns <= ENOUGH_PROGRAMS // 4 * 64):
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=6)
+    if rows <= FEW_ROWS:
+        return Tile(rows=64, columns=64, inner=inner, num_warps=4, num_stages=4)
+    # A wider tile reads fewer bytes for each operation. Other GPUs have too little shared memory for it.
+    if capability()[0] in (9, 10) and item_bytes == 2 and cdiv(rows, 128) * cdiv(columns, 256) >= WIDE_PROGRAMS:
+        return Tile(rows=128, columns=256, inner=inner, num_warps=8, num_stages=3)
     return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=3)
 
 
-def _quantized_tile(rows: int, item_bytes: int, format: str) -> Tile:
+def _quantized_tile(rows: int, item_bytes: int, format: str, columns: int) -> Tile:
     """Returns the tile for a product with a quantised weight.
 
     Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
@@ -85,8 +101,30 @@ def _quantized_tile(rows: int, item_bytes: int, format: str) -> Tile:
     heavy = has(format, "offsets") or has(format, "zeros") or kind_of(format) == "table"
     most = FEW_ROWS // 2 if heavy and 0 < group_of(format) < inner else FEW_ROWS
     if rows <= FEW_ROWS:
-        return Tile(most, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
+        small = most if rows > FEW_ROWS // 2 else FEW_ROWS // 2
+        if cdiv(columns, 128) >= ENOUGH_PROGRAMS:  # such as the experts of a layer
+            return Tile(small, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
+        return Tile(small, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
+    # Twice as many rows halve the work of computing the weight's numbers. Where a row has one scale, the sums of a
+    # group need no registers of their own.
+    if capability()[0] in (9, 10) and group_of(format) == 0:
+        most = 128
     return Tile(most, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
+
+
+@jit
+def tile_of(
+    program: tl.tensor, row_tiles: tl.tensor, column_tiles: tl.tensor, GROUP: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Returns the numbers of the tile of rows and of the tile of columns that a program computes.
+
+    The grid has row_tiles * column_tiles programs, in groups of GROUP tiles of rows. Within a group, programs with
+    consecutive numbers have the same columns.
+    """
+    in_group = GROUP * column_tiles
+    first, number = program // in_group * GROUP, program % in_group
+    size = tl.minimum(row_tiles - first, GROUP)
+    return first + number % size, number // size
 
 
 @jit

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
+from jamba_server.kernels.triton.launch import cdiv, follow, jit, next_power_of_2
 
 PROGRAM_ELEMENTS = 1024
 
@@ -37,6 +37,7 @@ def route_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Chooses the experts of ROWS tokens. The grid is (cdiv(rows, ROWS))."""
+    follow()
     row, expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
     mask = (row < rows)[:, None] & (expert < EXPERTS)
     x = tl.load(logits + row.to(tl.int64)[:, None] * row_stride + expert, mask=mask, other=0.0).to(tl.float32)

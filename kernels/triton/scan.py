@@ -20,7 +20,17 @@ from torch import Tensor
 
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
-from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
+from jamba_server.kernels.triton.launch import (
+    EXACT,
+    LOG2_E,
+    cdiv,
+    follow,
+    jit,
+    next_power_of_2,
+    rounded,
+    silu,
+    softplus,
+)
 
 # The number of tokens in a group. The inputs of a group's tokens are loaded together. A larger group would need more
 # registers than a thread has.
@@ -96,6 +106,7 @@ def scan_kernel(
 
     With DECODE, row i is the only row of sequence i, and every sequence has a state.
     """
+    follow()
     sequence = tl.program_id(1)
     place, inside_state = state_block(channels, STATES, BLOCK_D, BLOCK_S)
     slot = tl.load(state_ids + sequence).to(tl.int64)

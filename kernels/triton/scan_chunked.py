@@ -20,7 +20,7 @@ from torch import Tensor
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton import scan
-from jamba_server.kernels.triton.launch import LOG2_E, cdiv, jit, next_power_of_2, softplus
+from jamba_server.kernels.triton.launch import LOG2_E, cdiv, follow, jit, next_power_of_2, softplus
 from jamba_server.kernels.triton.scan import (
     GROUP,
     OPTIONS,
@@ -128,6 +128,7 @@ def chunk_kernel(
     place. The grid is (cdiv(channels, BLOCK_D), chunks of the longest sequence minus 1, sequences), because the last
     chunk of a sequence has no successor.
     """
+    follow()
     chunk, sequence = tl.program_id(1), tl.program_id(2)
     start = tl.load(query_start + sequence)
     row = start + chunk * CHUNK
@@ -171,6 +172,7 @@ def start_kernel(
     On entry, a chunk's place in `starts` holds the final state of the previous chunk, scanned from zeros. On return, it
     holds the chunk's initial state.
     """
+    follow()
     sequence = tl.program_id(1)
     start, end = tl.load(query_start + sequence), tl.load(query_start + sequence + 1)
     channel = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -206,6 +208,7 @@ def output_kernel(
 
     The grid is (cdiv(channels, BLOCK_D), chunks of the longest sequence, sequences).
     """
+    follow()
     chunk, sequence = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(query_start + sequence), tl.load(query_start + sequence + 1)
     row = start + chunk * CHUNK

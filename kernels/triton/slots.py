@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import CompressedStates
-from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
+from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, follow, jit, next_power_of_2
 
 BLOCK = 4096  # The number of elements that a program of `copy_kernel` copies.
 CHANNELS = 128  # The number of channels that a program compresses or restores.
@@ -104,6 +104,7 @@ def write_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Writes the keys and values of one token to the token's slot in the pages. The grid is (rows)."""
+    follow()
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     slot = tl.load(kv_slots + row)
     place = slot // BLOCK_SIZE * page_stride + slot % BLOCK_SIZE * SIZE + i
@@ -137,6 +138,7 @@ def copy_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Copies one block of a slot. The grid is (blocks of a slot, slots to copy)."""
+    follow()
     pair, i = tl.program_id(1), tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source, destination = tl.load(sources + pair) * slot_stride, tl.load(destinations + pair) * slot_stride
     tl.store(tensor + destination + i, tl.load(tensor + source + i, mask=i < size), mask=i < size)
@@ -158,6 +160,7 @@ def compress_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Compresses the states of CHANNELS channels. The grid is (blocks of channels, slots to compress)."""
+    follow()
     pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     i, used = places(channel, channels, SIZE, BLOCK)
     source, destination = tl.load(sources + pair), tl.load(destinations + pair)
@@ -186,6 +189,7 @@ def restore_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Restores the states of CHANNELS channels. The grid is (blocks of channels, slots to restore)."""
+    follow()
     pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     i, used = places(channel, channels, SIZE, BLOCK)
     source, destination = tl.load(sources + pair), tl.load(destinations + pair)

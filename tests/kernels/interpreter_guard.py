@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -247,8 +247,8 @@ class Replay:
 class Guard:
     """Takes the place of the interpreter's launch and of its accesses to memory."""
 
-    def __init__(self, order: Order, seed: int, corner: int | None) -> None:
-        self._order, self._random, self._corner = order, Random(seed), corner
+    def __init__(self, order: Order, seed: int, corner: int | None, whole: Collection[str]) -> None:
+        self._order, self._random, self._corner, self._whole = order, Random(seed), corner, whole
         self._launch: Launch | None = None
         self.launches: list[str] = []
 
@@ -278,7 +278,7 @@ class Guard:
         scopes = [interpreter._patch_lang(function) for function in functions]  # pyright: ignore[reportPrivateUsage]
         try:
             builder.set_grid_dim(x, y, z)
-            for program in self._programs(launch.grid):
+            for program in self._programs(launch.kernel, launch.grid):
                 launch.program, launch.barriers = program, 0
                 builder.set_grid_idx(*launch.index(program))
                 executor.fn(**values)
@@ -297,8 +297,9 @@ class Guard:
             converted.handle.data[0] = self.launch.pointer(name, value)
         return converted
 
-    def _programs(self, grid: Grid) -> list[int]:
-        axes = [range(size if self._corner is None else min(size, self._corner)) for size in grid]
+    def _programs(self, kernel: str, grid: Grid) -> list[int]:
+        corner = None if kernel in self._whole else self._corner
+        axes = [range(size if corner is None else min(size, corner)) for size in grid]
         last = [size - 1 for size in grid]
         programs = [int(np.ravel_multi_index(np.subtract(last, back), grid)) for back in product(*axes)][::-1]
         if self._order == "random":
@@ -346,12 +347,15 @@ def call(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def guard(order: Order = "random", seed: int = 0, corner: int | None = None) -> Generator[Guard]:
+def guard(
+    order: Order = "random", seed: int = 0, corner: int | None = None, whole: Collection[str] = ()
+) -> Generator[Guard]:
     """Kernels that are launched inside run guarded, in triton's interpreter; with a `corner` only so many of the last
-    programs on every axis of a grid, and memory that is allocated empty stays so, however large."""
+    programs on every axis of a grid, except of the kernels `whole`, and memory that is allocated empty stays so,
+    however large."""
     from triton.runtime import interpreter
 
-    guarded, builder = Guard(order, seed, corner), interpreter.InterpreterBuilder
+    guarded, builder = Guard(order, seed, corner, whole), interpreter.InterpreterBuilder
     methods = {
         "create_masked_load": guarded.load,
         "create_masked_store": guarded.store,

@@ -34,7 +34,16 @@ class OnDevice:
     def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return self._op.rows(weight, ids.to(self._device), dtype).cpu()
 
+    def sums(self, *args: Any) -> None:
+        self._run(self._op.sums, *args)
+
+    def gated(self, x: Tensor, weight: Any, activation: Any) -> Tensor:
+        return self._run(self._op.gated, x, weight, activation._op if isinstance(activation, OnDevice) else activation)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._op, *args, **kwargs)
+
+    def _run(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         # by address and type: the memory behind some views here, and its copy there
         memories: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -52,7 +61,7 @@ class OnDevice:
                 memories[key] = memory, memory.to(self._device, copy=True)
             return memories[key][1].as_strided(value.shape, value.stride(), value.storage_offset())
 
-        result = self._op(*move(args), **{name: move(value) for name, value in kwargs.items()})
+        result = op(*move(args), **{name: move(value) for name, value in kwargs.items()})
         for here, there in memories.values():
             here.copy_(there)
         return _to_cpu(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -10,15 +11,18 @@ from torch import Tensor
 
 import jamba_server.kernels.triton
 from jamba_server.kernels import table
+from jamba_server.kernels.gated_linear import GatedLinear
 from jamba_server.kernels.ops import (
     AttentionDecode,
     AttentionPrefill,
     Kernels,
     KernelUnavailable,
     Linear,
+    Pages,
     QuantizedWeight,
     RunExperts,
     Sample,
+    SiluAndMul,
 )
 from jamba_server.kernels.ops import SampleInputs as Inputs
 from jamba_server.kernels.reference.sample import sample as reference_sample
@@ -29,6 +33,7 @@ from tests.kernels.test_quantized import FORMATS, quantized
 
 SPLIT = 512  # keys, of attention
 TILE = 64  # rows of a product, up to which another shape of tile computes it
+FORMATS_AND_DTYPES = [("", torch.float32), *((format, torch.bfloat16) for format in ("", "int8", "int4"))]
 
 
 @each_implementation("attention_prefill", "attention_decode")
@@ -77,6 +82,23 @@ def test_rows_of_decode_go_in_groups(
     assert_same(attention_decode(q, pages, SCALE), together)
 
 
+@each_implementation("attention_decode", but="reference")
+@pytest.mark.parametrize("programs", [1, 7])
+def test_a_program_of_decode_may_compute_several_splits(
+    attention_decode: AttentionDecode, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 7 programs for the three pairs of a sequence and a KV head, each has two: they share three splits."""
+    attention = pytest.importorskip(
+        "jamba_server.kernels.triton.attention", reason="the package triton is not installed"
+    )
+    contexts, size = (3, 2 * SPLIT + 1, SPLIT), 16
+    pages = paged([keys_and_values(n, 1, size, torch.bfloat16, seed) for seed, n in enumerate(contexts)], 16)
+    q = random(len(contexts), 2, size, dtype=torch.bfloat16, seed=9)
+    alone = attention_decode(q, pages, SCALE)
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", programs)
+    assert_same(attention_decode(q, pages, SCALE), alone)
+
+
 def some_weight(*shape: int, format: str, dtype: torch.dtype, seed: int) -> Tensor | QuantizedWeight:
     """Random, and quantised unless `format` is empty."""
     if not format:
@@ -103,15 +125,44 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, form
 def test_a_narrow_product_adds_its_sections_in_one_order(
     linear: Linear, inputs: int, with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow = pytest.importorskip("jamba_server.kernels.triton.narrow", reason="the package triton is not installed")
+    sections = pytest.importorskip("jamba_server.kernels.triton.sections", reason="the package triton is not installed")
     x, raw = random(TILE + 3, inputs + 7, dtype=dtype)[:, :inputs], random(33, inputs, dtype=dtype, seed=1)
     weight, bias = linear.pack(raw), random(33, dtype=dtype, seed=2) if with_bias else None
     separately = linear(x, weight, bias)
     expected = double(x) @ double(raw).T + (0 if bias is None else double(bias))
     assert_close(separately, expected, atol=1e-4)
     assert_same(linear(x[65:66], weight, bias), separately[65:66])
-    monkeypatch.setattr(narrow, "MANY_ROWS", TILE)  # from where on one program adds them all
+    monkeypatch.setattr(sections, "MANY_ROWS", TILE)  # from where on one program adds them all
     assert_same(linear(x, weight, bias), separately)
+
+
+@each_implementation("linear", but="reference")
+@pytest.mark.parametrize(("format", "dtype"), FORMATS_AND_DTYPES)
+def test_a_weight_with_few_rows_has_sections_whatever_the_number_of_rows(
+    linear: Linear, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each section has a program of its own for few rows, and all have one for many. A row has the same bits, which
+    are those of the sections' own products, added in order."""
+    sections = pytest.importorskip("jamba_server.kernels.triton.sections", reason="the package triton is not installed")
+    monkeypatch.setattr(sections, "LEAST_INPUTS", 512)
+    monkeypatch.setattr(sections, "PROGRAMS", 6)
+    outputs, inputs = 70, 540  # a section has 256 inputs, and the last one has 28
+    assert (sections.is_narrow(outputs, inputs), sections.section_of(outputs, inputs)) == (False, 256)
+    x, raw = random(TILE + 3, inputs, dtype=dtype), some_weight(outputs, inputs, format=format, dtype=dtype, seed=1)
+    weight, bias = linear.pack(raw), random(outputs, dtype=dtype, seed=2)
+    together = linear(x, weight, bias)
+    for start, end in ((0, 1), (66, 67), (20, 36), (10, 50)):
+        assert_same(linear(x[start:end], weight, bias), together[start:end])
+    monkeypatch.setattr(sections, "MANY_ROWS_WIDE", TILE)
+    assert_same(linear(x, weight, bias), together)
+    numbers = raw if isinstance(raw, Tensor) else raw.dequantized()
+    total = double(x) @ double(numbers).T + double(bias)
+    assert_close(together, total, atol=1e-3 if dtype == torch.float32 else 1e-1)
+    if not format:
+        parts = torch.empty(3, len(x), outputs, device=x.device)
+        for part, start in zip(parts, range(0, inputs, 256), strict=True):
+            linear.sums(x[:, start : start + 256], linear.pack(numbers[:, start : start + 256]), part)
+        assert_same((parts[0] + parts[1] + parts[2] + bias.float()).to(dtype), together)
 
 
 @each_implementation("run_experts", but="reference")
@@ -129,6 +180,99 @@ def test_a_token_has_the_same_bits_whoever_else_chose_its_experts(
     together = run_experts(x, experts, weights, ids)
     for start, end in ((0, 1), (69, 70), (5, 12), (5, 40)):
         assert_same(run_experts(x[start:end], experts, weights[start:end], ids[start:end]), together[start:end])
+
+
+INTERPRETED_ONLY = pytest.mark.skipif(
+    not jamba_server.kernels.triton.interpreted(), reason="shows tiles of another GPU in triton's interpreter"
+)
+
+
+@INTERPRETED_ONLY
+@pytest.mark.parametrize("format", ["", "int8", "int4"])
+def test_a_row_has_the_same_bits_in_the_largest_tiles(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of GPUs of compute capability 9: 128 x 256, and 128 rows of a weight with one scale in a row."""
+    from jamba_server.kernels.triton import product
+    from jamba_server.kernels.triton.linear import Linear as TritonLinear
+
+    linear, dtype = TritonLinear(), torch.bfloat16
+    x, weight = random(2 * TILE + 3, 150, dtype=dtype), some_weight(300, 150, format=format, dtype=dtype, seed=1)
+    packed: Any = linear.pack(weight)
+    stored = packed.format if format else ""
+    usual, usual_tile = linear(x, packed), product.tile_for(len(x), 2, stored, 300)
+    monkeypatch.setattr(product, "capability", lambda: (9, 0))
+    monkeypatch.setattr(product, "WIDE_PROGRAMS", 1)
+    monkeypatch.setattr("triton._utils.TRITON_MAX_TENSOR_NUMEL", 1 << 21)  # the interpreter multiplies by hand
+    tile = product.tile_for(len(x), 2, stored, 300)
+    assert (tile == usual_tile) == (format == "int4")
+    assert_same(linear(x, packed), usual)
+
+
+@INTERPRETED_ONLY
+def test_a_row_of_attention_has_the_same_bits_in_the_largest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of GPUs of compute capability 9: 64 keys in a block, and in prefill 128 rows. Fewer rows than 64 do not
+    take the larger tile."""
+    from jamba_server.kernels.triton import attention
+
+    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+    known = [keys_and_values(length, 2, 16, torch.bfloat16, seed) for seed, length in enumerate((SPLIT + 40, 90, 3))]
+    pages, q = paged(known, 16), random(40 + 80 + 3, 4, 16, dtype=torch.bfloat16, seed=9)
+    tile = attention._tile(q, pages, 80)  # pyright: ignore[reportPrivateUsage]
+    assert (tile["ROWS"], tile["KEYS"]) == (128, 64)
+    together = attention.attention_prefill(q, pages, query_start([40, 80, 3]), 80, SCALE)
+    for rows, (k, v) in zip((slice(0, 40), slice(40, 120), slice(120, 123)), known, strict=True):
+        expected = oracle.attention(double(q[rows]), double(k), double(v), SCALE)
+        assert_close(together[rows], expected, atol=slack(attention.attention_prefill, torch.bfloat16))
+    assert_same(attention.attention_decode(q[[39, 119, 122]], pages, SCALE), together[[39, 119, 122]])
+    last = Pages(pages.k, pages.v, pages.block_tables[1:2], pages.context_lens[1:2], pages.max_context_len)
+    assert attention._tile(q, last, 5)["ROWS"] == TILE  # pyright: ignore[reportPrivateUsage]
+    assert_same(attention.attention_prefill(q[115:120], last, query_start([5]), 5, SCALE), together[115:120])
+
+
+@INTERPRETED_ONLY
+@pytest.mark.parametrize("few", [16, 4096])
+def test_the_search_for_a_cut_may_leave_the_registers(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 16 candidates, rows with many equal logits have more of one key. Some rows have tokens that are
+    forbidden, and more are wanted than are left."""
+    from jamba_server.kernels.triton import sample as module
+
+    monkeypatch.setattr(module, "CANDIDATES", few)
+    rows, size = 24, 3000
+    logits, inputs = random(rows, size, scale=2), mixed_inputs(rows)
+    logits[1::4] = logits[1::4].round()
+    logits[2::6, 5:] = -torch.inf
+    logits[3::8] *= 1e-30
+    inputs = inputs._replace(top_k=torch.where(torch.arange(rows) % 3 == 0, 40, inputs.top_k).int())
+    assert module.sample(logits.clone(), inputs).tolist() == reference_sample(logits, inputs).tolist()
+
+
+@INTERPRETED_ONLY
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 16, 2), (700, 16, 2), (40, 5, 1), (1000, 3, 3)])
+def test_choices_are_sorted_by_expert(tokens: int, experts: int, top_k: int) -> None:
+    """Stably, also where they take several blocks. The last expert is nobody's choice, if there are enough."""
+    from jamba_server.kernels.triton.moe import group_by_expert
+
+    few = max(experts - 1, top_k)
+    ids = torch.stack([torch.randperm(few, generator=torch.Generator().manual_seed(t))[:top_k] for t in range(tokens)])
+    groups = group_by_expert(ids.int(), experts)
+    expected = ids.flatten().sort(stable=True)
+    assert groups.entries.tolist() == expected.indices.tolist()
+    assert groups.start.tolist() == torch.searchsorted(expected.values, torch.arange(experts + 1)).tolist()
+
+
+@each_implementation("linear", "silu_and_mul", but="reference")
+@pytest.mark.parametrize(("format", "dtype"), FORMATS_AND_DTYPES)
+def test_a_gated_product_has_the_bits_of_the_product_and_the_activation(
+    linear: Linear, silu_and_mul: SiluAndMul, format: str, dtype: torch.dtype
+) -> None:
+    """Alone, and among others in every shape of tile. Another activation is called as it is."""
+    if not isinstance(linear, GatedLinear):
+        pytest.skip("this implementation computes the activation by itself")
+    x = random(2 * TILE + 3, 157, dtype=dtype)[:, :150]
+    weight = linear.pack(some_weight(2 * 37, 150, format=format, dtype=dtype, seed=1))
+    together = silu_and_mul(linear(x, weight))
+    for start, end in ((0, 2 * TILE + 3), (0, 1), (20, 36), (50, 67), (3, 3 + TILE)):
+        assert_same(linear.gated(x[start:end], weight, silu_and_mul), together[start:end])
+    assert_same(linear.gated(x, weight, lambda gate_up: -silu_and_mul(gate_up)), -together)
 
 
 @each_implementation("linear", but="reference")
@@ -219,6 +363,7 @@ def test_every_op_has_its_type() -> None:
         attention,
         bitmask,
         conv,
+        gated,
         linear,
         mamba,
         moe,
@@ -241,7 +386,7 @@ def test_every_op_has_its_type() -> None:
         copy_slots=slots.copy_slots,
         compress_states=slots.compress_states,
         restore_states=slots.restore_states,
-        silu_and_mul=moe.silu_and_mul,
+        silu_and_mul=gated.silu_and_mul,
         route_experts=route.route_experts,
         run_experts=moe.RunExperts(),
         linear=linear.Linear(),

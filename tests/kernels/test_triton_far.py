@@ -195,8 +195,10 @@ def test_rows_of_the_activation(ops: Kernels) -> None:
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, ROW_STRIDE), (520, 65)])
-def test_rows_of_products(ops: Kernels, inputs: int, outputs: int) -> None:
-    """The second weight is narrow."""
+def test_rows_of_products(ops: Kernels, inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second weight is narrow. With one tile of rows in a group, the last programs have the last rows."""
+    sections = pytest.importorskip("jamba_server.kernels.triton.sections", reason="the package triton is missing")
+    monkeypatch.setattr(sections, "GROUP", 1)
     rows = BEYOND // ROW_STRIDE + 200
     x, some = far_rows(rows, inputs, 3)
     weight = ops.linear.pack(random(outputs, inputs, dtype=DTYPE, seed=1))
@@ -258,10 +260,12 @@ def test_rows_of_queries(ops: Kernels) -> None:
     assert_same(far[-3:], ops.attention_prefill(q[-3:], pages, ids(0, 3), 3, 0.1))
 
 
-def test_partial_results_of_long_contexts(ops: Kernels) -> None:
-    """In groups of as many sequences as 64 MiB have room for, here 7. Only the last split is computed, for its
+def test_partial_results_of_long_contexts(ops: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In groups of as many sequences as 256 MiB have room for, here 31. Only the last split is computed, for its
     addresses' sake."""
-    sequences, context, heads, size = 9, 262144, 32, 128
+    attention = pytest.importorskip("jamba_server.kernels.triton.attention", reason="the package triton is missing")
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", 1 << 30)
+    sequences, context, heads, size = 33, 262144, 32, 128
     k = random(1, 16, 8, size, dtype=DTYPE)
     tables = torch.zeros(sequences, context // 16, dtype=torch.int32)
     pages = Pages(k, k, tables, torch.full((sequences,), context, dtype=torch.int32), context)
@@ -292,9 +296,9 @@ def test_experts_of_the_largest_models(ops: Kernels) -> None:
     hidden, intermediate, experts = 8192, 24576, 16
     packed = ops.run_experts.pack(virtual(experts, 2 * intermediate, hidden), virtual(experts, hidden, intermediate))
     x, weights = random(1, hidden, dtype=DTYPE), torch.ones(1, 1)
-    with guard(corner=1) as guarded:
+    with guard(corner=1, whole=("group_kernel",)) as guarded:
         ops.run_experts(x, packed, weights, ids(15)[None])
-    assert guarded.launches == ["gate_up_kernel", "down_kernel", "sum_kernel"]
+    assert guarded.launches == ["group_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(64, 14336), (16384, 64)])
@@ -305,6 +309,6 @@ def test_rows_of_experts(ops: Kernels, hidden: int, intermediate: int) -> None:
         *(random(1, *shape, dtype=DTYPE, scale=0.01) for shape in ((2 * intermediate, hidden), (hidden, intermediate)))
     )
     choices = torch.zeros(tokens, 3, dtype=torch.int32)
-    with guard(corner=1):
+    with guard(corner=1, whole=("group_kernel",)):
         ops.run_experts(x, packed, torch.ones(tokens, 3), choices)
     assert tokens * 3 * max(hidden, intermediate) > BEYOND

@@ -1,9 +1,10 @@
-"""These kernels multiply by a weight with few but long rows, such as Mamba's x_proj. They split K into sections.
+"""These kernels multiply by a weight with few rows, such as Mamba's x_proj and out_proj. They split K into sections.
 
-With ordinary tiles, only a few programs would read such a weight while most of the GPU would be idle. Therefore K is
-split into sections of fixed length, and the sums of the sections are added in order. If x has many rows, one program
-computes all sections of its tile. If x has few rows, each section has its own program, and a second kernel adds the
-sums that these programs have written to memory. Both ways give the same bits.
+With ordinary tiles, few programs would read such a weight: less than one for each multiprocessor, and a program alone
+cannot have enough bytes under way to use its share of the memory bandwidth. Therefore K is split into sections of fixed
+length, and the sums of the sections are added in order. If x has many rows, one program computes all sections of its
+tile. If x has few rows, each section has its own program, and a second kernel adds the sums that these programs have
+written to memory. Both ways give the same bits.
 """
 
 # Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
@@ -19,28 +20,45 @@ import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels.arguments import require
-from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
-from jamba_server.kernels.triton.product import Tile, quantized_product
+from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, follow, jit, rounded
+from jamba_server.kernels.triton.product import GROUP, Tile, quantized_product, tile_of
 from jamba_server.kernels.triton.product import tile_for as product_tile
 from jamba_server.kernels.triton.quantized import PackedWeight
 
-SECTION = 512  # The number of elements in a section of K, the summed dimension of the product.
+SECTION = 512  # The number of elements of a section of K, if the weight has very few rows.
+# A weight with more rows than this has enough tiles, and K is not split. Fewer inputs than LEAST_INPUTS are not worth
+# a split, because a section would be a few steps of a program only.
+MOST_OUTPUTS, LEAST_INPUTS = 4096, 4096
+# The number of programs that sections shall give, in tiles of 64 columns, and the largest number of sections.
+PROGRAMS, MOST_SECTIONS = 160, 8
+UNIT = 256  # Sections begin at multiples of this number of inputs, as the function `quantized_product` demands.
 # If x has at least this number of rows, one program computes a tile over all sections of K. With fewer rows there would
-# be too few such programs to fill the GPU, so a separate program computes each section of each tile.
-MANY_ROWS = 1024
+# be too few such programs to fill the GPU, so a separate program computes each section of each tile. The first number
+# is for weights with very few rows, the second for others.
+MANY_ROWS, MANY_ROWS_WIDE = 1024, 512
 SUM_BLOCK = 1024
 
 
 def is_narrow(outputs: int, inputs: int) -> bool:
-    """Returns whether the product with a weight [outputs, inputs] is split into sections of K.
-
-    This depends on the weight's shape alone, so that all products with the weight have the same order of summation.
-    """
+    """Returns whether a weight [outputs, inputs] has very few rows."""
     return 8 * outputs <= inputs
 
 
+def section_of(outputs: int, inputs: int) -> int:
+    """Returns the number of inputs in a section of K for a weight [outputs, inputs], or 0 if K is not split.
+
+    This depends on the weight's shape alone, so that all products with the weight have the same order of summation.
+    """
+    if is_narrow(outputs, inputs):
+        return SECTION
+    if outputs > MOST_OUTPUTS or inputs < LEAST_INPUTS:
+        return 0
+    sections = min(MOST_SECTIONS, cdiv(PROGRAMS, cdiv(outputs, 64)))
+    return cdiv(cdiv(inputs, sections), UNIT) * UNIT
+
+
 def tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
-    """Returns the tile for a product with `rows` rows of x.
+    """Returns the tile for a product with `rows` rows of x and a weight with very few rows.
 
     The tile for a weight that is not quantised has at least 64 rows.
     """
@@ -53,21 +71,28 @@ def tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
     return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
 
 
-def narrow_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
+def wide_tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
+    """Returns the tile for a product with `rows` rows of x and a weight that has more rows."""
+    return product_tile(rows, item_bytes, format)
+
+
+def sectioned_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
     """Writes x @ weight.T + bias to `out` [T, N], whose rows may be parts of wider rows."""
     rows, outputs = out.shape
-    if rows < MANY_ROWS:
+    narrow = is_narrow(outputs, weight.inputs)
+    if rows < (MANY_ROWS if narrow else MANY_ROWS_WIDE):
         sums = section_sums(x, weight)
         grid = (cdiv(out.numel(), SUM_BLOCK),)
         bias_or_any, sizes = sums if bias is None else bias, (out.numel(), outputs, len(sums), out.stride(0))
         sum_kernel[grid](sums, bias_or_any, out, *sizes, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
         return
-    tile = tile_for(rows, x.element_size(), weight.format)
+    tile = (tile_for if narrow else wide_tile_for)(rows, x.element_size(), weight.format)
     bias_or_any, sizes = weight.words if bias is None else bias, (rows, outputs, weight.inputs)
-    narrow_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
+    all_sections_kernel[(cdiv(rows, tile.rows) * cdiv(outputs, tile.columns),)](
         *(x, *weight.tensors, bias_or_any, out, *sizes, x.stride(0), out.stride(0)),
         HAS_BIAS=bias is not None,
-        **_options(weight, tile),
+        GROUP=GROUP,
+        **_options(weight, outputs, tile),
     )
 
 
@@ -76,17 +101,19 @@ def section_sums(x: Tensor, weight: PackedWeight) -> Tensor:
     (rows, inputs), outputs = x.shape, len(weight.words)
     fits = weight.inputs == inputs and x.stride(1) == 1 and (bool(weight.format) or x.dtype == weight.words.dtype)
     require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
-    sums = torch.empty(cdiv(inputs, SECTION), rows, outputs, device=x.device)
-    tile = tile_for(min(rows, MANY_ROWS - 1), x.element_size(), weight.format)
+    sums = torch.empty(cdiv(inputs, section_of(outputs, inputs)), rows, outputs, device=x.device)
+    narrow = is_narrow(outputs, inputs)
+    tile = (tile_for if narrow else wide_tile_for)(min(rows, MANY_ROWS - 1), x.element_size(), weight.format)
     section_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns), len(sums))](
-        *(x, *weight.tensors, sums, rows, outputs, inputs, x.stride(0)), **_options(weight, tile)
+        *(x, *weight.tensors, sums, rows, outputs, inputs, x.stride(0)), **_options(weight, outputs, tile)
     )
     return sums
 
 
-def _options(weight: PackedWeight, tile: Tile) -> dict[str, Any]:
+def _options(weight: PackedWeight, outputs: int, tile: Tile) -> dict[str, Any]:
     """Returns the keyword arguments of a launch that depend on the weight and on its tile."""
-    return {"SECTION": SECTION, "FORMAT": weight.format, "STAGES": tile.num_stages} | tile.options | EXACT
+    section = section_of(outputs, weight.inputs)
+    return {"SECTION": section, "FORMAT": weight.format, "STAGES": tile.num_stages} | tile.options | EXACT
 
 
 @jit(do_not_specialize=["rows"])
@@ -110,6 +137,7 @@ def section_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """Writes one section's part of one tile. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
+    follow()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x_at, weight = x + row.to(tl.int64) * x_stride, (words, scales, supers, zeros, table)
@@ -120,7 +148,7 @@ def section_kernel(
 
 
 @jit(do_not_specialize=["rows"])
-def narrow_kernel(
+def all_sections_kernel(
     x: tl.tensor,
     words: tl.tensor,
     scales: tl.tensor,
@@ -141,10 +169,13 @@ def narrow_kernel(
     INNER: tl.constexpr,
     FORMAT: tl.constexpr,
     STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
-    """Computes one tile of the product over all sections. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS))."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """Computes one tile over all sections. The grid is (cdiv(rows, ROWS) * cdiv(outputs, COLUMNS))."""
+    follow()
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS), GROUP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x_at, weight = x + row.to(tl.int64) * x_stride, (words, scales, supers, zeros, table)
     masks, total = (row < rows, column < outputs), tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, inputs, SECTION):
@@ -235,6 +266,7 @@ def sum_kernel(
 
     Neighbouring rows of `out` are `out_stride` apart.
     """
+    follow()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = add_sections(sums + at, at < size, sections, size)
     if HAS_BIAS:
