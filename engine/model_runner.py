@@ -19,11 +19,13 @@ from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, Pendin
 from jamba_server.engine.graphs import StepGraphs
 from jamba_server.engine.models import Model
 from jamba_server.engine.out_of_memory import first_attempt
+from jamba_server.engine.parallel.pipe import Pipe
 from jamba_server.engine.pooling.pooler import PendingVector, Pooler
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
 from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
 from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.stage_steps import EarlierStage, LaunchedStep, SentStep
 from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
@@ -85,6 +87,9 @@ class ModelRunner:
     `graphs` runs steps as graphs, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
     step, if asynchronous scheduling is enabled. `tables` keeps the page tables on the device, if it is a GPU. `states`
     copies Mamba states between the slots of running sequences and the saved states.
+
+    If the model has several stages, `pipe` has them: each one runs its layers with the hidden states that the stage
+    before it sends, and only the last one samples.
     """
 
     def __init__(
@@ -98,7 +103,9 @@ class ModelRunner:
         graphs: StepGraphs | None = None,
         sampled: SampledTokens | None = None,
         tables: DeviceTables | None = None,
+        pipe: Pipe | None = None,
     ) -> None:
+        self.pipe = Pipe(model.parts.stage) if pipe is None else pipe
         self.model, self.storage, self.sampler, self.kernels = model, storage, sampler, kernels
         self.masks = masks
         self.graphs, self.sampled, self.tables = graphs, sampled, tables
@@ -106,11 +113,24 @@ class ModelRunner:
         self.device = storage.kv.device
         self.pooler = Pooler(model)
 
+    @property
+    def num_stages(self) -> int:
+        """Returns how many stages run a step one after the other."""
+        return self.pipe.stage.count
+
     @torch.inference_mode()
-    def launch(self, output: SchedulerOutput) -> PendingStep:
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
         """Launches a step and does not wait for the step's results. Must be called before the method
         `Scheduler.advance`, which changes the sequences."""
         restore_seconds = self._copy_units(output.copies)
+        if not self.pipe.stage.is_last:
+            self.pipe.send(self._run(output.chunks)[0])
+            return EarlierStage(output, restore_seconds, self.pipe)
+        step = self._launch_last(output, restore_seconds)
+        return step if self.num_stages == 1 else SentStep.of(step, self.pipe)
+
+    def _launch_last(self, output: SchedulerOutput, restore_seconds: float) -> PendingStep:
+        """Launches the last layers of a step, and samples."""
         rows = [row for chunk in output.chunks for row in _sampling_rows(chunk)]
         constrained = [
             ConstrainedRow(n, row, seq.constraint)
@@ -145,7 +165,7 @@ class ModelRunner:
     def _is_last(self, chunks: Many[Chunk] = ()) -> bool:
         """Returns whether work must not be tried again: with several ranks, the others would wait for another exchange
         than this one, and a step that continues sequences may have changed their states."""
-        return self.model.parts.shard.size > 1 or any(chunk.start for chunk in chunks)
+        return self.model.parts.num_ranks > 1 or any(chunk.start for chunk in chunks)
 
     def _forget_tables(self) -> None:
         if self.tables is not None:
@@ -165,7 +185,8 @@ class ModelRunner:
             sampled=self.sampled,
             tables=self.tables,
         )
-        hidden = self.model.forward(batch, self.storage)
+        received = self.pipe.receive(len(batch.token_ids), self.model.config.hidden_size, self.model.dtype, self.device)
+        hidden = self.model.forward(batch, self.storage, received)
         # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
@@ -186,7 +207,7 @@ class ModelRunner:
     def _copy_units(self, copies: CacheCopies) -> float:
         """Launches the copies of a step. Returns how many seconds the copies of saved states to slots took; on a GPU,
         this is the time of their launch."""
-        if copies.pages:
+        if copies.pages and self.storage.kv_layers:
             self.kernels.copy_slots((self.storage.kv,), *columns(copies.pages, self.device))
         if copies.saves:
             self.states.save(copies.saves)
