@@ -32,8 +32,8 @@ class Joining:
         `must_wait`. The function is called for many waiting sequences, so it looks at few running ones."""
         prefilling = [seq for seq in running if seq.num_computed < seq.num_prompt and seq.request.cache.write]
         # A preempted sequence with a step in flight starts again when the results of the step are known.
-        return lambda seq: not (
-            seq.restoring or seq.num_in_flight or (prefilling and self.must_wait(seq, prefilling, work))
+        return lambda seq: (
+            not (seq.restoring or seq.num_in_flight or (prefilling and self.must_wait(seq, prefilling, work)))
         )
 
     def must_wait(self, seq: Sequence, running: Iterable[Sequence], work: int) -> bool:

@@ -53,7 +53,8 @@ def device_kind(device_map: DeviceMap) -> str | None:
             named.setdefault(kind, name)
     if len(named) > 1:
         raise ConfigError(
-            f"device_map puts {named['cpu']} on a CPU and {named['cuda']} on a GPU; all devices must be of one kind."
+            f"device_map puts {_shown(named['cpu'])} on a CPU and {_shown(named['cuda'])} on a GPU; all devices must be of "
+            "one kind."
         )
     return next(iter(named), None)
 
@@ -62,7 +63,7 @@ def check_kind(device_map: DeviceMap, device: str) -> None:
     """Raises ConfigError if the map names devices of another kind than `device` ("cpu" or "cuda")."""
     if (kind := device_kind(device_map)) is not None and kind != device:
         name, where = next((name, d) for name, d in device_map.items() if _parsed(name, d).kind == kind)
-        raise ConfigError(f"device_map puts {name} on {where!r}, but the server runs on the device {device!r}.")
+        raise ConfigError(f"device_map puts {_shown(name)} on {where!r}, but the server runs on the device {device!r}.")
 
 
 def stages_of_map(device_map: DeviceMap, config: JambaConfig) -> tuple[Stage, ...]:
@@ -169,5 +170,10 @@ def _parsed(name: str, device: object) -> _Device:
     if isinstance(device, str) and (found := _DEVICE.fullmatch(device)) is not None:
         return _Device(found[1], int(found[2] or found[3] or 0))
     raise ConfigError(
-        f"device_map puts {name or 'the model'} on {device!r}; a device is a number, 'cuda:NUMBER' or 'cpu:NUMBER'."
+        f"device_map puts {_shown(name)} on {device!r}; a device is a number, 'cuda:NUMBER' or 'cpu:NUMBER'."
     )
+
+
+def _shown(name: str) -> str:
+    """Returns the name of a module for an error text. The name of the whole model is empty."""
+    return name or "the model"

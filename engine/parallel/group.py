@@ -39,7 +39,7 @@ ProcessGroup = Any
 class Group:
     """The ranks of a model. `shard` says which of them this one is. A group of one rank exchanges nothing."""
 
-    def __init__(self, shard: Shard = WHOLE, process_group: ProcessGroup | None = None) -> None:
+    def __init__(self, shard: Shard = WHOLE, process_group: ProcessGroup = None) -> None:
         assert (process_group is None) == (shard.size == 1), "one rank needs no process group, and several need one"
         self.shard, self._group, self.traffic = shard, process_group, Traffic()
 

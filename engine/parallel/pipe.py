@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,9 @@ class Pipe:
     in host memory. All stages must run the same steps, and have at most as many steps in flight as there are stages.
     """
 
-    def __init__(
-        self, stage: Stage, hidden: ProcessGroup | None = None, control: ProcessGroup | None = None
-    ) -> None:
-        assert (hidden is None) == (control is None) == (stage.count == 1), "several stages need process groups"
+    def __init__(self, stage: Stage, hidden: ProcessGroup = None, control: ProcessGroup = None) -> None:
+        assert (hidden is None) == (stage.count == 1), "one stage needs no process group, and several need one"
+        assert (control is None) == (stage.count == 1), "results have a process group where hidden states have one"
         self.stage, self._hidden, self._control = stage, hidden, control
         # What has been sent stays in memory until it has arrived. By then, the receivers have it: they have at most
         # `stage.count` steps in flight.

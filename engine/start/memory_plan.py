@@ -49,8 +49,8 @@ CPU_SAVED_STATES_PER_SEQUENCE = 4
 # Activations may use this fraction of the memory that the weights do not use. If the activations need more,
 # max_num_batched_tokens and max_num_seqs are reduced.
 ACTIVATION_SHARE = 0.25
-# A stage of a pipeline without attention layers has pages without content, and one without Mamba layers has such states.
-# Its memory does not limit their number. The stages agree on the smallest number, which is that of another stage.
+# A stage of a pipeline without attention layers has pages without content, and one without Mamba layers has states
+# without content. Its memory does not limit their number. All stages have the smallest number that one of them has.
 UNLIMITED = 1 << 20
 LOGITS_COPIES = 3  # arrays of the sampler: logits, their log-softmax, and a sorted or masked copy of the logits
 

@@ -51,8 +51,8 @@ def check_options(config: EngineConfig) -> None:
     if config.device_map is not None:
         if config.pipeline_parallel_size not in (1, stages):
             raise ConfigError(
-                f"pipeline_parallel_size is {config.pipeline_parallel_size}, but device_map has {stages} devices; leave "
-                "one of the options out."
+                f"pipeline_parallel_size is {config.pipeline_parallel_size}, but device_map has {stages} devices; "
+                "leave one of the options out."
             )
         if config.device != "auto":
             check_kind(config.device_map, config.device)

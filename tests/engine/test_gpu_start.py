@@ -47,7 +47,7 @@ def test_the_runner_of_a_gpu_has_graphs_tables_and_a_ladder(
     monkeypatch.setattr(build, "why_no_graphs", lambda names, device: None)
     old, config = llm.core.model_runner, EngineConfig(model=str(tmp_path), async_scheduling=ahead, **settings)
     layout = cache_layout(old.model.config, block_size=16, dtype="bfloat16")
-    parts = old.model, old.sampler, old.masks, old.kernels
+    parts = old.model, old.pipe, old.sampler, old.masks, old.kernels
     device: Any = OnGpu("cpu")
     loaded = Loaded(*parts, policy=None, dtype=torch.bfloat16, layout=layout, device=device)  # pyright: ignore[reportArgumentType]
     plan = plan_memory(old.model.config, config, layout, weight_bytes=1, available_bytes=1 << 29, device="cuda")

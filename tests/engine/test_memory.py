@@ -123,6 +123,7 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     layout = cache_layout(runner.model.config, block_size=16, dtype="float32")
     loaded = Loaded(
         runner.model,
+        runner.pipe,
         runner.sampler,
         runner.masks,
         runner.kernels,
