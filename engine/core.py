@@ -219,7 +219,7 @@ class EngineCore:
             output = self.scheduler.schedule(now=time.monotonic())
             if output.started:
                 self.announce(Starting(list(output.started)))
-            if output.chunks:
+            if output.chunks or output.copies:
                 self._in_flight.append(launched := self.model_runner.launch(output))
                 record_restores(output.chunks, launched.restore_seconds)
                 self.scheduler.advance(output)
@@ -248,7 +248,8 @@ class EngineCore:
         """Waits for the results of the oldest step in flight, gives the results to the scheduler, and returns the
         updates for the step's requests."""
         step = self._in_flight.popleft()
-        self._kind = kind_of(step.output)
+        if step.output.chunks:
+            self._kind = kind_of(step.output)
         return self.scheduler.update(step.output, step.results())
 
     @contextmanager

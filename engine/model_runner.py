@@ -25,7 +25,7 @@ from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
 from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
 from jamba_server.engine.sequence import Sequence
-from jamba_server.engine.stage_steps import EarlierStage, LaunchedStep, SentStep
+from jamba_server.engine.stage_steps import EarlierStage, LaunchedStep, ReadStep
 from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
@@ -123,11 +123,13 @@ class ModelRunner:
         """Launches a step and does not wait for the step's results. Must be called before the method
         `Scheduler.advance`, which changes the sequences."""
         restore_seconds = self._copy_units(output.copies)
+        if not output.chunks:
+            return ReadStep(output, restore_seconds, ())
         if not self.pipe.stage.is_last:
             self.pipe.send(self._run(output.chunks)[0])
             return EarlierStage(output, restore_seconds, self.pipe)
         step = self._launch_last(output, restore_seconds)
-        return step if self.num_stages == 1 else SentStep.of(step, self.pipe)
+        return step if self.num_stages == 1 else ReadStep.sent(step, self.pipe)
 
     def _launch_last(self, output: SchedulerOutput, restore_seconds: float) -> PendingStep:
         """Launches the last layers of a step, and samples."""

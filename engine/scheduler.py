@@ -59,7 +59,8 @@ class SchedulerOutput:
     """The work of one step. Chunks that decode come before all other chunks. Within each of these two groups, the
     chunks are sorted by `Sequence.order`.
 
-    `copies` of the cache run before the chunks. `started` has the ids of requests that run for the first time.
+    `copies` of the cache run before the chunks. There may be copies without chunks, if the sequences for which they are
+    had to make room again. `started` has the ids of requests that run for the first time.
     """
 
     chunks: tuple[Chunk, ...]
@@ -188,7 +189,7 @@ class Scheduler:
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._num_steps += bool(chunks)
-        copies = self.cache.take_copies() if chunks else CacheCopies()  # copies run only in a step with chunks
+        copies = self.cache.take_copies() if chunks or plan.admitted else CacheCopies()
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
     def _fill(self, plan: Plan, now: float, *, background: bool) -> None:
@@ -325,6 +326,7 @@ class Scheduler:
             # `_park` has changed the contents of the cache, so the cached prefix is searched again.
             hit = self.cache.match(seq)
             end = self._occupy(seq, hit, limit)
+        plan.admitted = True
         self.waiting.remove(seq)
         insort(self.running, seq, key=lambda s: s.order)
         if seq.queue_seconds is None:

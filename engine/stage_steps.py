@@ -27,15 +27,17 @@ class LaunchedStep(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class SentStep:
-    """A step of the last stage. Its results were read at once, because the other stages wait for them."""
+class ReadStep:
+    """A step whose results are known. The last stage reads its results at once, because the other stages wait for
+    them. A step that only copies has none."""
 
     output: SchedulerOutput
     restore_seconds: float
     found: Sequence[ChunkResult]
 
     @classmethod
-    def of(cls, step: LaunchedStep, pipe: Pipe) -> SentStep:
+    def sent(cls, step: LaunchedStep, pipe: Pipe) -> ReadStep:
+        """Reads the results of a step and sends them to the other stages."""
         found = step.results()
         pipe.send_results(msgspec.msgpack.encode(found))
         return cls(step.output, step.restore_seconds, found)

@@ -106,6 +106,8 @@ def build_engine(
     model_config = stored.config
     joined = alone(config, model_config) if joined is None else joined
     group, stage = joined.group, joined.pipe.stage
+    if stage.count > 1:
+        logger.info("this rank is %d of %d of %s", group.shard.rank + 1, group.shard.size, stage)
     dtype, policy = choose_dtype(config, model_config), policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)

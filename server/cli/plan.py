@@ -311,7 +311,8 @@ def describe_ranks(report: Report) -> list[str]:
     if report.ranks == 1:
         return []
     return [
-        f"ranks                   {report.ranks}; all sizes below are those of one rank and its device",
+        f"ranks                   {report.ranks}; all sizes below are those of one rank and its device"
+        + (", and without a stage the largest" if len(report.stages) > 1 else ""),
         *describe_stages(report.stages),
         *describe_exchanges(report),
     ]

@@ -75,6 +75,7 @@ class Simulator:
         self.num_saves = 0
         self.num_tail_hits = 0
         self.num_saved = 0
+        self.num_only_copies = 0
 
     def step(self, choose: Callable[[Chunk], int]) -> list[TokenUpdate]:
         self.time += self.second
@@ -82,7 +83,8 @@ class Simulator:
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
         results: list[ChunkResult] = []
-        if output.chunks:  # else nothing is launched
+        if output.chunks or output.copies:  # else nothing is launched
+            self.num_only_copies += not output.chunks
             self.copy(output.copies)
             results = [self.run(chunk, choose) for chunk in output.chunks]
             self.scheduler.advance(output)
