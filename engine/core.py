@@ -15,9 +15,9 @@ from jamba_server.engine.cache.explain import record_restores
 from jamba_server.engine.cache.tiers.events import Event
 from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
+from jamba_server.engine.launched_step import LaunchedStep
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.scheduler import Scheduler, SchedulerOutput
-from jamba_server.engine.stage_steps import LaunchedStep
 from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, StepKind, StepResult, StepTime, TokenUpdate
 
 

@@ -17,15 +17,14 @@ from jamba_server.engine.config import PROMPT_LOGITS_ROWS
 from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
 from jamba_server.engine.graphs import StepGraphs
+from jamba_server.engine.launched_step import LaunchedStep, ReadStep
 from jamba_server.engine.models import Model
 from jamba_server.engine.out_of_memory import first_attempt
-from jamba_server.engine.parallel.pipe import Pipe
 from jamba_server.engine.pooling.pooler import PendingVector, Pooler
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
 from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
 from jamba_server.engine.sequence import Sequence
-from jamba_server.engine.stage_steps import EarlierStage, LaunchedStep, ReadStep
 from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
@@ -87,9 +86,6 @@ class ModelRunner:
     `graphs` runs steps as graphs, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
     step, if asynchronous scheduling is enabled. `tables` keeps the page tables on the device, if it is a GPU. `states`
     copies Mamba states between the slots of running sequences and the saved states.
-
-    If the model has several stages, `pipe` has them: each one runs its layers with the hidden states that the stage
-    before it sends, and only the last one samples.
     """
 
     def __init__(
@@ -103,9 +99,7 @@ class ModelRunner:
         graphs: StepGraphs | None = None,
         sampled: SampledTokens | None = None,
         tables: DeviceTables | None = None,
-        pipe: Pipe | None = None,
     ) -> None:
-        self.pipe = Pipe(model.parts.stage) if pipe is None else pipe
         self.model, self.storage, self.sampler, self.kernels = model, storage, sampler, kernels
         self.masks = masks
         self.graphs, self.sampled, self.tables = graphs, sampled, tables
@@ -116,7 +110,7 @@ class ModelRunner:
     @property
     def num_stages(self) -> int:
         """Returns how many stages run a step one after the other."""
-        return self.pipe.stage.count
+        return 1
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
@@ -124,15 +118,7 @@ class ModelRunner:
         `Scheduler.advance`, which changes the sequences."""
         restore_seconds = self._copy_units(output.copies)
         if not output.chunks:
-            return ReadStep(output, restore_seconds, ())
-        if not self.pipe.stage.is_last:
-            self.pipe.send(self._run(output.chunks)[0])
-            return EarlierStage(output, restore_seconds, self.pipe)
-        step = self._launch_last(output, restore_seconds)
-        return step if self.num_stages == 1 else ReadStep.sent(step, self.pipe)
-
-    def _launch_last(self, output: SchedulerOutput, restore_seconds: float) -> PendingStep:
-        """Launches the last layers of a step, and samples."""
+            return ReadStep(output, restore_seconds)
         rows = [row for chunk in output.chunks for row in _sampling_rows(chunk)]
         constrained = [
             ConstrainedRow(n, row, seq.constraint)
@@ -187,10 +173,13 @@ class ModelRunner:
             sampled=self.sampled,
             tables=self.tables,
         )
-        received = self.pipe.receive(len(batch.token_ids), self.model.config.hidden_size, self.model.dtype, self.device)
-        hidden = self.model.forward(batch, self.storage, received)
+        hidden = self.model.forward(batch, self.storage, self._received(len(batch.token_ids)))
         # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
+
+    def _received(self, rows: int) -> Tensor | None:
+        """Returns the residual stream [rows, H] that another stage has sent, or None if this is the first stage."""
+        return None
 
     def _sample(
         self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -31,10 +31,10 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.files import read_text
 from jamba_server.engine.parallel.device_map import read_device_map
 from jamba_server.engine.types import Pooling
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
+from jamba_server.server.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -422,7 +422,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
     """
     if path is None and environ.get(CONFIG_VARIABLE):
         path = Path(environ[CONFIG_VARIABLE])
-    values = {} if path is None else _from_yaml(path)
+    values = {} if path is None else cast_settings(read_yaml(path), str(path))
     values |= _from_environment(environ)
     values |= {
         name: OPTIONS[name].cast(value, OPTIONS[name].flag) for name, value in flags.items() if value not in (None, [])
@@ -432,23 +432,9 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
     return config
 
 
-def _from_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
-    import yaml  # imported only here, since this import takes a tenth of the time in which a command starts
-
-    if (text := read_text(path)) is None:
-        raise ConfigError(f"--config {path}: there is no such file.")
-    try:
-        document: object = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(document, dict | None):
-        raise ConfigError(f"--config {path} holds a {type(document).__name__}; keys with values are expected.")
-    return cast_settings(cast("dict[object, object]", document or {}), str(path))
-
-
 def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]:
-    """Converts the values of `settings` to the types of their options, and returns them by option name.
+    """Converts the values of `settings` to the types of their options, and returns them by option name. The keys are
+    option names, with underscores or dashes.
 
     A value of None is left out, so that its option keeps the default.
 

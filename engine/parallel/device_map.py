@@ -53,8 +53,8 @@ def device_kind(device_map: DeviceMap) -> str | None:
             named.setdefault(kind, name)
     if len(named) > 1:
         raise ConfigError(
-            f"device_map puts {_shown(named['cpu'])} on a CPU and {_shown(named['cuda'])} on a GPU; all devices must be of "
-            "one kind."
+            f"device_map puts {_shown(named['cpu'])} on a CPU and {_shown(named['cuda'])} on a GPU; all devices must "
+            "be of one kind."
         )
     return next(iter(named), None)
 

@@ -37,6 +37,7 @@ from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.sampling.sampler import Sampler
 from jamba_server.engine.scheduler import Chunk, Scheduler
+from jamba_server.engine.stage_runner import StageRunner
 from jamba_server.engine.start.activations import int8_activations
 from jamba_server.engine.start.contents import StoredModel, conversions, read_model
 from jamba_server.engine.start.fingerprint import WeightHash, fingerprint
@@ -105,14 +106,11 @@ def build_engine(
     stored = read_stored(config)
     model_config = stored.config
     joined = alone(config, model_config) if joined is None else joined
-    group, stage = joined.group, joined.pipe.stage
-    if stage.count > 1:
-        logger.info("this rank is %d of %d of %s", group.shard.rank + 1, group.shard.size, stage)
     dtype, policy = choose_dtype(config, model_config), policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     check_folder(config)
-    parts = Parts.of(model_config, group.shard, policy, stage)
+    parts = Parts.of(model_config, joined.group.shard, policy, joined.pipe.stage)
     config = of_rank(config)
     threads = start_threads(config, device)
     kernels, activations = choose_kernels(config, policy, dtype, device)
@@ -132,14 +130,13 @@ def build_engine(
     compiler = GrammarCompiler(tokenizer_of(config), model_config.vocab_size, model_config.eos_token_ids)
     weights = None if config.state_cache_disk_path is None else WeightHash(config)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) and parts.is_whole else nullcontext():
-        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy, group=group, stage=stage)
+        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy, **joined.build())
         load(model, config, on_progress)
         release_free_memory()
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
-    loaded = Loaded(
-        model, joined.pipe, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations, threads
-    )
+    own = model, joined.pipe, sampler, masks
+    loaded = Loaded(*own, kernels, policy, dtype, layout, device, warnings, activations, threads)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -289,7 +286,7 @@ def gathered_tokens(model_config: JambaConfig, item_bytes: int) -> int:
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
     """Runs the largest dummy steps and returns how much memory these steps needed."""
     storage = loaded.storage(1, 1)
-    runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks, pipe=loaded.pipe)
+    runner = new_runner(loaded, storage)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
 
 
@@ -322,8 +319,15 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
             bytes_per_row=bytes_per_row(loaded.model.config),
         )
     sampled = SampledTokens(plan.max_num_seqs, device) if runs_ahead else None
+    return new_runner(loaded, storage, graphs=graphs, sampled=sampled, tables=tables)
+
+
+def new_runner(loaded: Loaded, storage: CacheStorage, **settings: Any) -> ModelRunner:
+    """Returns a model runner, or that of a stage if there are several. `settings` are arguments of `ModelRunner`."""
     parts = loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks
-    return ModelRunner(*parts, graphs=graphs, sampled=sampled, tables=tables, pipe=loaded.pipe)
+    if loaded.pipe.stage.count > 1:
+        return StageRunner(loaded.pipe, *parts, **settings)
+    return ModelRunner(*parts, **settings)
 
 
 def capture(runner: ModelRunner, reply: Chunk, on_progress: OnProgress) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -22,6 +23,8 @@ from jamba_server.engine.parallel.stages import Stage
 from jamba_server.engine.start.machine import available_cpus
 from jamba_server.engine.start.memory_plan import MemoryPlan, smallest_plan
 from jamba_server.engine.start.rank_options import num_ranks, num_stages, shard_of, stages_of
+
+logger = logging.getLogger(__name__)
 
 
 class Joined(NamedTuple):
@@ -52,6 +55,10 @@ class Joined(NamedTuple):
     def num_ranks(self) -> int:
         return self.group.shard.size * self.pipe.stage.count
 
+    def build(self) -> dict[str, Any]:
+        """Returns the arguments that `build_model` needs to know what this rank owns."""
+        return {"group": self.group, "stage": self.pipe.stage}
+
     def smallest(self, numbers: Sequence[int], device: torch.device) -> list[int]:
         """Returns the smallest of all ranks' numbers, for each of `numbers`. It waits for all ranks."""
         return self.pipe.smallest(self.group.smallest(numbers, device))
@@ -78,6 +85,8 @@ def join_ranks(config: EngineConfig, rank: int, store: str) -> Joined:
     stages = stages_of(config, load_model_config(Path(config.model)))
     joined = Joined.meet(config, stages, rank, FileStore(store, num_ranks(config)), device)
     joined.smallest([0], device)
+    if joined.pipe.stage.count > 1:
+        logger.info("rank %d is a process of %s", rank, joined.pipe.stage)
     return joined
 
 

@@ -193,6 +193,7 @@ def make_report(
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = policy_of(engine, model)
     owned = shares(model, engine, policy, DTYPE_BYTES[dtype])
+    parts = [own.parts for own in owned]
     speed = find_bandwidth(device, bandwidth, engine.threads)
     plans, refusal = plans_or_refusal(model, engine, owned, available, device)
     result = None if plans is None else max(plans, key=lambda plan: plan.total_bytes)
@@ -214,9 +215,7 @@ def make_report(
         parameters=model.num_parameters(),
         ranks=ranks,
         stages=stage_reports(model, owned, plans, DTYPE_BYTES[dtype]),
-        exchanges=max(
-            (exchanges(model, own.parts, DTYPE_BYTES[dtype]) for own in owned), key=lambda sent: sent.bytes_alone
-        ),
+        exchanges=max((exchanges(model, own, DTYPE_BYTES[dtype]) for own in parts), key=lambda sent: sent.bytes_alone),
         dtype=dtype,
         quantization=policy.quantization,
         quantize_mamba=policy.mamba,
@@ -224,9 +223,7 @@ def make_report(
         memory_bytes=available,
         weight_bytes=max(own.weight_bytes for own in owned),
         bandwidth=speed,
-        decode=decode_limits(
-            model, dtype, policy, bandwidth=speed, measured=measured, parts=[own.parts for own in owned]
-        ),
+        decode=decode_limits(model, dtype, policy, bandwidth=speed, measured=measured, parts=parts),
         kv_bytes_per_token=max(own.spec.kv_bytes_per_token for own in owned),
         state_bytes_per_sequence=max(own.spec.bytes_per_slot for own in owned),
         bytes_per_saved_state=max(own.spec.bytes_per_saved_state for own in owned),

@@ -37,6 +37,10 @@ def mapped(*devices: int | str, **others: Any) -> dict[str, int | str]:
     return dict(zip(names, devices, strict=True)) | others
 
 
+def without(module: str) -> dict[str, int | str]:
+    return {name: device for name, device in mapped(0, 0, 0, 0, 1, 1, 1, 1, 1).items() if name != module}
+
+
 def test_stages_of_a_map(config: JambaConfig) -> None:
     stages = stages_of_map(mapped("cpu", 0, "cpu:0", 1, 1, "cpu:1", 2, "cpu:2", 2), config)
     assert [list(stage.layers) for stage in stages] == [[0, 1], [2, 3, 4], [5]]
@@ -55,10 +59,10 @@ def test_stages_of_a_map(config: JambaConfig) -> None:
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        (mapped(0, 0, 0, 0, 1, 1, 1, 1, 1, **{"model.layers.2.mamba": 1}), "divides model.layers.2: .*mamba on device 1"),
-        (mapped(0, 0, 0, 0, 1, 1, 1, 1, 1, **{"model.layers.2.feed_forward.experts.3": 1}), "feed_forward.experts.3 on"),
-        ({k: v for k, v in mapped(0, 0, 0, 0, 1, 1, 1, 1, 1).items() if k != "model.layers.3"}, "no device for model.layers.3"),
-        ({k: v for k, v in mapped(0, 0, 0, 0, 1, 1, 1, 1, 1).items() if k != "lm_head"}, "no device for lm_head"),
+        (mapped(0, 0, 0, 0, 1, 1, 1, 1, 1, **{"model.layers.2.mamba": 1}), "divides model.layers.2: .*mamba on"),
+        (mapped(0, 0, 0, 0, 1, 1, 1, 1, 1, **{"model.layers.2.feed_forward.experts.3": 1}), "experts.3 on"),
+        (without("model.layers.3"), "no device for model.layers.3"),
+        (without("lm_head"), "no device for lm_head"),
         (mapped(0, 0, 1, 0, 1, 1, 1, 1, 1), "puts model.layers.2 on device 0, but model.layers.1, .* on device 1"),
         (mapped(0, 1, 1, 0, 0, 0, 0, 0, 0), "puts model.layers.2 on device 0, but model.layers.1"),
         (mapped(1, 1, 1, 1, 0, 0, 0, 0, 0), "puts model.embed_tokens on device 1; the first module"),
@@ -85,7 +89,7 @@ def test_a_map_in_a_file(tmp_path: Path, config: JambaConfig) -> None:
     assert read_device_map(path) == devices
     assert num_devices(devices) == 2
     check_kind(devices, "cuda")
-    with pytest.raises(ConfigError, match="puts model.layers.3 on 'cuda:1', but the server runs on the device 'cpu'"):
+    with pytest.raises(ConfigError, match=r"puts model.layers.3 on 'cuda:1', but the server runs on the device 'cpu'"):
         check_kind(devices, "cpu")
     path.write_text('["model"]')
     with pytest.raises(ConfigError, match="holds a JSON list"):
@@ -107,12 +111,12 @@ def test_ranks_are_numbered_by_stages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 33}, "pipeline_parallel_size is 33; it must be at least 1 and at most 32, the number"),
+        ({"pipeline_parallel_size": 33}, "size is 33; it must be at least 1 and at most 32, the"),
         ({"pipeline_parallel_size": 0}, "pipeline_parallel_size is 0; it must be at least 1"),
         ({"pipeline_parallel_size": 2, "state_cache_host_bytes": 9}, "does not work with pipeline_parallel_size 2 yet"),
-        ({"pipeline_parallel_size": 2, "async_scheduling": True}, "async_scheduling does not work with pipeline_parallel"),
-        ({"pipeline_parallel_size": 2, "device_map": {"": 0}}, "pipeline_parallel_size is 2, but device_map has 1 devices"),
-        ({"device": "cpu", "device_map": {"": "cuda"}}, "puts the model on 'cuda', but the server runs on the device 'cpu'"),
+        ({"pipeline_parallel_size": 2, "async_scheduling": True}, "async_scheduling does not work with pipeline"),
+        ({"pipeline_parallel_size": 2, "device_map": {"": 0}}, "size is 2, but device_map has 1 devices"),
+        ({"device": "cpu", "device_map": {"": "cuda"}}, "the model on 'cuda', but the server runs on"),
     ],
 )  # fmt: skip
 def test_what_stages_cannot_do(options: dict[str, Any], message: str, tmp_path: Path) -> None:
