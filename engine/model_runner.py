@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jamba_server.engine.batch import SampledTokens, build_batch
+from jamba_server.engine.batch import ForwardBatch, SampledTokens, build_batch
 from jamba_server.engine.cache.manager import CacheCopies
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import PROMPT_LOGITS_ROWS
@@ -173,13 +173,13 @@ class ModelRunner:
             sampled=self.sampled,
             tables=self.tables,
         )
-        hidden = self.model.forward(batch, self.storage, self._received(len(batch.token_ids)))
+        hidden = self._run_layers(batch)
         # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
-    def _received(self, rows: int) -> Tensor | None:
-        """Returns the residual stream [rows, H] that another stage has sent, or None if this is the first stage."""
-        return None
+    def _run_layers(self, batch: ForwardBatch) -> Tensor:
+        """Returns what `Model.forward` returns."""
+        return self.model.forward(batch, self.storage)
 
     def _sample(
         self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None

@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from jamba_server.engine.batch import ForwardBatch
 from jamba_server.engine.launched_step import LaunchedStep, ReadStep
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.parallel.pipe import Pipe
@@ -56,5 +57,7 @@ class StageRunner(ModelRunner):
         self._pipe.send(self._run(output.chunks)[0])
         return EarlierStage(output, restore_seconds, self._pipe)
 
-    def _received(self, rows: int) -> Tensor | None:
-        return self._pipe.receive(rows, self.model.config.hidden_size, self.model.dtype, self.device)
+    def _run_layers(self, batch: ForwardBatch) -> Tensor:
+        rows, size = len(batch.token_ids), self.model.config.hidden_size
+        received = self._pipe.receive(rows, size, self.model.dtype, self.device)
+        return self.model.forward(batch, self.storage, received)
