@@ -86,7 +86,7 @@ def join_ranks(config: EngineConfig, rank: int, store: str) -> Joined:
     joined = Joined.meet(config, stages, rank, FileStore(store, num_ranks(config)), device)
     joined.smallest([0], device)
     if joined.pipe.stage.count > 1:
-        logger.info("rank %d is a process of %s", rank, joined.pipe.stage)
+        logger.info("this process runs %s", joined.pipe.stage)
     return joined
 
 
