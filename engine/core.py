@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,8 @@ from jamba_server.engine.cache.explain import record_restores
 from jamba_server.engine.cache.tiers.events import Event
 from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
-from jamba_server.engine.model_runner import ModelRunner, PendingStep
+from jamba_server.engine.launched_step import LaunchedStep
+from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.scheduler import Scheduler, SchedulerOutput
 from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, StepKind, StepResult, StepTime, TokenUpdate
 
@@ -175,8 +177,8 @@ class EngineCore:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.announce: Callable[[Adding | Starting], None] = lambda message: None
         self.inbox = Inbox(compiler)
-        # The step that was launched and whose results have not been read yet, or None.
-        self._in_flight: PendingStep | None = None
+        # The steps that were launched and whose results have not been read yet, the oldest first.
+        self._in_flight: deque[LaunchedStep] = deque()
         # The kind of the step whose results the present call of `step` has read, or None if it has read none.
         self._kind: StepKind | None = None
         # This flag is false from the start of a step until that step is finished or completely discarded.
@@ -184,16 +186,17 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def step(self) -> StepResult:
-        """Takes new requests and aborts from the inbox, launches a step, and returns the results of one step. With
-        asynchronous scheduling this is the step that the previous call launched. Otherwise this is the step that the
-        present call launches.
+        """Takes new requests and aborts from the inbox, launches a step, and returns the results of one step, or of
+        none. With asynchronous scheduling this is the step that the previous call launched. In a pipeline of stages it
+        is the oldest step, if one is launched for each stage or none can be launched. Otherwise it is the step that
+        the present call launches.
 
         If anything raises here, an interrupt included, all requests that had begun are dropped, and so are the cache
         entries that no earlier step has confirmed. Later steps work normally."""
-        if self._in_flight is None and only_restores(self.scheduler):
+        if not self._in_flight and only_restores(self.scheduler):
             self.inbox.wait()
         began = time.monotonic()
         with self._whole_or_discarded():
@@ -202,30 +205,27 @@ class EngineCore:
             pins = self.scheduler.cache.pins
             for event in self.inbox.events():
                 self.scheduler.cache.take(event)
-            last, self._in_flight = self._in_flight, None
             updates: list[TokenUpdate] = []
             aborted = self.inbox.aborted()
             for name in (*self.inbox.ended_pins(), *aborted):
                 pins.release(name)
             self.scheduler.abort(aborted)  # aborts come first, so that aborted requests get no update
-            if last is not None and self.scheduler.must_wait():
-                updates += self._take(last)
-                last = None
+            runs_ahead = self.model_runner.sampled is not None
+            if runs_ahead and self._in_flight and self.scheduler.must_wait():
+                updates += self._take()
             updates += self.inbox.failed()
             if submitted := self.inbox.submitted():
                 self._add(submitted)
             output = self.scheduler.schedule(now=time.monotonic())
             if output.started:
                 self.announce(Starting(list(output.started)))
-            if output.chunks:
-                self._in_flight = self.model_runner.launch(output)
-                record_restores(output.chunks, self._in_flight.restore_seconds)
+            if output.chunks or output.copies:
+                self._in_flight.append(launched := self.model_runner.launch(output))
+                record_restores(output.chunks, launched.restore_seconds)
                 self.scheduler.advance(output)
-            if last is not None:
-                updates += self._take(last)
-            elif self._in_flight is not None and self.model_runner.sampled is None:
-                updates += self._take(self._in_flight)
-                self._in_flight = None
+            most = max(runs_ahead, self.model_runner.num_stages - 1) if output.chunks else 0
+            if len(self._in_flight) > most:
+                updates += self._take()
             self.inbox.pinned(pins.take_new())
             kind, seconds = self._kind, time.monotonic() - began
             return StepResult(updates, self.scheduler.stats, StepTime(kind, seconds) if kind else None)
@@ -234,9 +234,8 @@ class EngineCore:
         """Ends the engine: saves the states of running sequences, and waits up to `timeout` seconds until everything
         that the next engine may use is written to the disk tier. Requests end without an update."""
         with self._whole_or_discarded():
-            if self._in_flight is not None:
-                self._take(self._in_flight)
-                self._in_flight = None
+            while self._in_flight:
+                self._take()
             self.scheduler.park()
         self.scheduler.cache.close(timeout)
 
@@ -245,10 +244,12 @@ class EngineCore:
         constraints = {new.request.id: new.constraint for new in submitted if new.constraint is not None}
         self.scheduler.add([new.request for new in submitted], now=time.monotonic(), constraints=constraints)
 
-    def _take(self, step: PendingStep) -> list[TokenUpdate]:
-        """Waits for the results of a step, gives the results to the scheduler, and returns the updates for the step's
-        requests."""
-        self._kind = kind_of(step.output)
+    def _take(self) -> list[TokenUpdate]:
+        """Waits for the results of the oldest step in flight, gives the results to the scheduler, and returns the
+        updates for the step's requests."""
+        step = self._in_flight.popleft()
+        if step.output.chunks:
+            self._kind = kind_of(step.output)
         return self.scheduler.update(step.output, step.results())
 
     @contextmanager
@@ -266,7 +267,7 @@ class EngineCore:
         self._is_whole = True
 
     def _discard(self) -> None:
-        self._in_flight = None
+        self._in_flight.clear()
         self.scheduler.discard()
         self._is_whole = True
 

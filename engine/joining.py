@@ -31,7 +31,10 @@ class Joining:
         """Returns a function that says whether a waiting sequence may start now. `running` and `work` are those of
         `must_wait`. The function is called for many waiting sequences, so it looks at few running ones."""
         prefilling = [seq for seq in running if seq.num_computed < seq.num_prompt and seq.request.cache.write]
-        return lambda seq: not (seq.restoring or (prefilling and self.must_wait(seq, prefilling, work)))
+        # A preempted sequence with a step in flight starts again when the results of the step are known.
+        return lambda seq: (
+            not (seq.restoring or seq.num_in_flight or (prefilling and self.must_wait(seq, prefilling, work)))
+        )
 
     def must_wait(self, seq: Sequence, running: Iterable[Sequence], work: int) -> bool:
         """Returns whether `seq` waits for one of the running sequences, all of which write to the cache. `work` is the

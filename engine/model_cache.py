@@ -21,7 +21,8 @@ def cache_layout(
     parts: Parts | None = None,
 ) -> CacheLayout:
     """Returns the cache layout of a Jamba model: keys and values for its attention layers, states for its Mamba layers.
-    `dtype` is the dtype of the model's activations. If `parts` is given, the layout has what a rank keeps of them."""
+    `dtype` is the dtype of the model's activations. If `parts` is given, the layout has what a rank keeps of them, for
+    the layers of its stage."""
     own = cast(CacheDtype, dtype)
     attention = attention_cache(
         block_size=block_size,
@@ -36,7 +37,8 @@ def cache_layout(
         dtype=own,
         compressed=state_cache_dtype != "auto",
     )
-    kinds = (config.is_attention(i) for i in range(config.num_hidden_layers))
+    layers = range(config.num_hidden_layers) if parts is None else parts.stage.layers
+    kinds = (config.is_attention(i) for i in layers)
     return CacheLayout(block_size, tuple(attention if is_attention else mamba for is_attention in kinds))
 
 

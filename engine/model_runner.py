@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jamba_server.engine.batch import SampledTokens, build_batch
+from jamba_server.engine.batch import ForwardBatch, SampledTokens, build_batch
 from jamba_server.engine.cache.manager import CacheCopies
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import PROMPT_LOGITS_ROWS
 from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
 from jamba_server.engine.graphs import StepGraphs
+from jamba_server.engine.launched_step import LaunchedStep, ReadStep
 from jamba_server.engine.models import Model
 from jamba_server.engine.out_of_memory import first_attempt
 from jamba_server.engine.pooling.pooler import PendingVector, Pooler
@@ -106,11 +107,18 @@ class ModelRunner:
         self.device = storage.kv.device
         self.pooler = Pooler(model)
 
+    @property
+    def num_stages(self) -> int:
+        """Returns how many stages run a step one after the other."""
+        return 1
+
     @torch.inference_mode()
-    def launch(self, output: SchedulerOutput) -> PendingStep:
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
         """Launches a step and does not wait for the step's results. Must be called before the method
         `Scheduler.advance`, which changes the sequences."""
         restore_seconds = self._copy_units(output.copies)
+        if not output.chunks:
+            return ReadStep(output, restore_seconds)
         rows = [row for chunk in output.chunks for row in _sampling_rows(chunk)]
         constrained = [
             ConstrainedRow(n, row, seq.constraint)
@@ -145,7 +153,7 @@ class ModelRunner:
     def _is_last(self, chunks: Many[Chunk] = ()) -> bool:
         """Returns whether work must not be tried again: with several ranks, the others would wait for another exchange
         than this one, and a step that continues sequences may have changed their states."""
-        return self.model.parts.shard.size > 1 or any(chunk.start for chunk in chunks)
+        return self.model.parts.num_ranks > 1 or any(chunk.start for chunk in chunks)
 
     def _forget_tables(self) -> None:
         if self.tables is not None:
@@ -165,9 +173,13 @@ class ModelRunner:
             sampled=self.sampled,
             tables=self.tables,
         )
-        hidden = self.model.forward(batch, self.storage)
+        hidden = self._run_layers(batch)
         # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
+
+    def _run_layers(self, batch: ForwardBatch) -> Tensor:
+        """Returns what `Model.forward` returns."""
+        return self.model.forward(batch, self.storage)
 
     def _sample(
         self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None
@@ -186,7 +198,7 @@ class ModelRunner:
     def _copy_units(self, copies: CacheCopies) -> float:
         """Launches the copies of a step. Returns how many seconds the copies of saved states to slots took; on a GPU,
         this is the time of their launch."""
-        if copies.pages:
+        if copies.pages and self.storage.kv_layers:
             self.kernels.copy_slots((self.storage.kv,), *columns(copies.pages, self.device))
         if copies.saves:
             self.states.save(copies.saves)

@@ -17,7 +17,8 @@ class Plan:
     `shortened` are the sequences that received fewer tokens for this reason. `preempted` says that a sequence had to
     make room for another one of its kind, so that no sequence starts in the step. `no_background` says that no
     background sequence may start in the step, because one had to make room, or because another sequence waits for
-    room.
+    room. `admitted` says that a sequence was given pages and a slot, which copies may have to fill, even if it had to
+    make room again.
     """
 
     budget: int
@@ -27,6 +28,7 @@ class Plan:
     started: list[str] = field(default_factory=list[str])
     preempted: bool = False
     no_background: bool = False
+    admitted: bool = False
     held: int = 0
 
     def add(self, seq: Sequence, end: int, cost: int) -> None:

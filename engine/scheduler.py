@@ -20,6 +20,7 @@ from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixH
 from jamba_server.engine.fairness import BACKGROUND_PART, MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.joining import Joining
+from jamba_server.engine.microbatches import Microbatches
 from jamba_server.engine.plan import Plan
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
@@ -58,7 +59,8 @@ class SchedulerOutput:
     """The work of one step. Chunks that decode come before all other chunks. Within each of these two groups, the
     chunks are sorted by `Sequence.order`.
 
-    `copies` of the cache run before the chunks. `started` has the ids of requests that run for the first time.
+    `copies` of the cache run before the chunks. There may be copies without chunks, if the sequences for which they are
+    had to make room again. `started` has the ids of requests that run for the first time.
     """
 
     chunks: tuple[Chunk, ...]
@@ -88,8 +90,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
+        num_stages: int = 1,
     ) -> None:
-        self.cache = cache
+        self.cache, self._microbatches = cache, Microbatches(num_stages)
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
         self.waiting = WaitingQueue(max_short=max_num_batched_tokens)
@@ -186,12 +189,12 @@ class Scheduler:
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._num_steps += bool(chunks)
-        copies = self.cache.take_copies() if chunks else CacheCopies()  # copies run only in a step with chunks
+        copies = self.cache.take_copies() if chunks or plan.admitted else CacheCopies()
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
     def _fill(self, plan: Plan, now: float, *, background: bool) -> None:
         """Plans chunks of all background sequences, or of all others."""
-        for seq in [seq for seq in self.running if seq.decodes and seq.is_background == background]:
+        for seq in self._microbatches.share([s for s in self.running if s.decodes and s.is_background == background]):
             if seq.state_id:  # the state id is 0 if this loop has preempted `seq` meanwhile
                 self._extend(seq, plan, 1 + plan.budget)
         self._share_out(plan, now, background)
@@ -323,6 +326,7 @@ class Scheduler:
             # `_park` has changed the contents of the cache, so the cached prefix is searched again.
             hit = self.cache.match(seq)
             end = self._occupy(seq, hit, limit)
+        plan.admitted = True
         self.waiting.remove(seq)
         insort(self.running, seq, key=lambda s: s.order)
         if seq.queue_seconds is None:
@@ -364,6 +368,7 @@ class Scheduler:
             seq = chunk.sequence
             seq.num_pending += chunk.num_sampled
             seq.num_computed = chunk.end
+        self._microbatches.launch(chunk.sequence for chunk in output.chunks)
         self.cache.launch(output.copies)
 
     def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
@@ -374,6 +379,7 @@ class Scheduler:
         The results of a sequence that has ended in the meantime are dropped.
         """
         self.cache.confirm()
+        self._microbatches.confirm(chunk.sequence for chunk in output.chunks)
         updates: list[TokenUpdate] = []
         for chunk, result in zip(output.chunks, results, strict=True):
             seq = chunk.sequence
@@ -410,6 +416,7 @@ class Scheduler:
         for seq in waiting:
             seq.vacate()  # the failed step may have admitted the sequence already
             self.waiting.add(seq)
+        self._microbatches.discard()
         self.cache.discard()
 
     def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:

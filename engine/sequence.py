@@ -32,8 +32,9 @@ class Sequence:
     because each step copies them to tensors, which for a long context is 100 times faster than from a list.
 
     Steps in flight sample `num_pending` further tokens, whose values are known only on the device. The results of steps
-    in flight are not confirmed yet. `num_uncached` tokens were not in the cache when the sequence arrived, and
-    `work_before` prompt tokens had been scheduled by then; both numbers decide how urgent the prompt is.
+    in flight are not confirmed yet; `num_in_flight` of these steps have tokens of this sequence. `num_uncached` tokens
+    were not in the cache when the sequence arrived, and `work_before` prompt tokens had been scheduled by then; both
+    numbers decide how urgent the prompt is.
 
     While the prompt is computed, states are also saved at the positions `junctions`, because other sequences wait for
     them (`engine.joining`). `has_waited` says whether this sequence has waited for another one; it gives up waiting
@@ -54,6 +55,7 @@ class Sequence:
     num_prompt: int
     num_computed: int = 0
     num_pending: int = 0
+    num_in_flight: int = 0
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     state_id: int = 0
     branch: int = 0

@@ -49,6 +49,16 @@ class SlotCopies:
         self._kernels.copy_slots(tensors, *columns(pairs, self._storage.kv.device))
 
 
+class NoCopies:
+    """Copies nothing: the states of a stage without Mamba layers have no content."""
+
+    def save(self, pairs: Pairs) -> None:
+        """See `StateCopies.save`."""
+
+    def restore(self, pairs: Pairs) -> None:
+        """See `StateCopies.restore`."""
+
+
 class CompressedCopies:
     """The copies for the store `CompressedStates`. SSM states are compressed. Convolution states are copied
     uncompressed within the storage's tensor `conv`: the first `num_slots` entries of this tensor are the state slots,
@@ -72,6 +82,8 @@ class CompressedCopies:
 
 def state_copies(storage: CacheStorage, kernels: Kernels) -> StateCopies:
     """Returns the object that copies states for the kind of store that `storage` was allocated for."""
+    if not storage.state_layers:
+        return NoCopies()
     if storage.compressed is None:
         return SlotCopies(storage, kernels)
     return CompressedCopies(storage, storage.compressed, kernels)

@@ -266,7 +266,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `max_num_batched_tokens` if the time of a step decided it. `threads` says how many threads the CPU kernels use and
     why; it is empty on a GPU. `labels` are the names of a classifier's labels, and empty for a language model.
     `tensor_parallel_size` ranks run the model; the sizes in bytes are those of one rank, the first.
-    `tensor_parallel_exact` says whether sums have the order that does not depend on the number of ranks.
+    `tensor_parallel_exact` says whether sums have the order that does not depend on the number of ranks. There are
+    `pipeline_parallel_size` stages, each of which has so many ranks.
     `problem_type` is that of transformers' classifiers, or "". With a disk tier,
     `segment_page` and `segment_state` have the shape and the dtype of each tensor of a page, and of a state.
     """
@@ -303,6 +304,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     pad_token_id: int | None = None
     tensor_parallel_size: int = 1
     tensor_parallel_exact: bool = False
+    pipeline_parallel_size: int = 1
     segment_page: dict[str, tuple[tuple[int, ...], str]] = msgspec.field(
         default_factory=dict[str, tuple[tuple[int, ...], str]]
     )

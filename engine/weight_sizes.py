@@ -36,19 +36,33 @@ def rank_weight_bytes(
     config: JambaConfig, dtype_bytes: int, *, parts: Parts, policy: QuantizationPolicy = UNQUANTIZED
 ) -> int:
     """Returns the size in bytes of the loaded weights of the rank that owns `parts`. It counts as `weight_bytes` does.
-    Norms, routers and the head of a classifier are on every rank."""
-    if parts.shard.size == 1:
+    Norms, routers and the head of a classifier are on every rank of their stage. The last of several stages has a copy
+    of an embedding to which the head is tied."""
+    if parts.num_ranks == 1:
         return weight_bytes(config, dtype_bytes, policy=policy)
+    stage, h, channels = parts.stage, config.hidden_size, len(parts.channels)
     of_matrices = sum(size for _, _, size, _ in _sizes(config, dtype_bytes, policy, parts))
-    if config.tie_word_embeddings and not config.is_classifier and policy.quantization_of("head") is not None:
-        of_matrices += policy.num_bytes("head", len(parts.vocabulary), config.hidden_size, dtype_bytes=dtype_bytes)
-    h, layers, channels = config.hidden_size, len(config.mamba_layers), len(parts.channels)
-    norms = (2 * config.num_hidden_layers + 1) * h
+    of_matrices += _tied_head_bytes(config, dtype_bytes, policy, parts)
+    layers = sum(not config.is_attention(i) for i in stage.layers)
+    norms = (2 * len(stage.layers) + stage.is_last) * h
     norms += layers * (config.mamba_dt_rank + 2 * config.mamba_d_state + config.mamba_proj_bias * h)
     per_channel = config.mamba_d_conv + config.mamba_conv_bias + 2 * config.mamba_proj_bias
-    score_bias = config.num_labels * config.score_bias if config.is_classifier else 0
+    score_bias = config.num_labels * config.score_bias if config.is_classifier and stage.is_last else 0
     others = norms + layers * channels * per_channel + score_bias
     return of_matrices + others * dtype_bytes + 4 * layers * channels * scan_parameters(config)
+
+
+def _tied_head_bytes(config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy, parts: Parts) -> int:
+    """Returns the size in bytes of a head that is tied to the embedding, as far as it takes memory of its own."""
+    if not config.tie_word_embeddings or config.is_classifier or not parts.stage.is_last:
+        return 0
+    rows, form = len(parts.vocabulary), policy.blocks.get(_EMBEDDING)
+    if policy.quantization_of("head") is None:
+        if parts.stage.is_first:
+            return 0
+        if form is not None:
+            return form.num_bytes(rows, config.hidden_size)
+    return policy.num_bytes("head", rows, config.hidden_size, dtype_bytes=dtype_bytes)
 
 
 def _own_shape(name: str, role: Role, rows: int, inputs: int, parts: Parts) -> tuple[int, int]:
@@ -78,9 +92,11 @@ def _sizes(
     config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy, parts: Parts | None = None
 ) -> Iterator[tuple[str, Role, int, int]]:
     """Yields the name of each weight matrix, the part of the model that uses it, its size in bytes, and its number of
-    elements. If `parts` is given, the sizes are those of what a rank owns of the matrices."""
+    elements. If `parts` is given, the sizes are those of what a rank owns of the matrices of its stage."""
     for name, role, rows, inputs in weight_matrices(config):
         if parts is not None:
+            if parts.stage.is_elsewhere(name):
+                continue
             rows, inputs = _own_shape(name, role, rows, inputs, parts)
         form = policy.blocks.get(name)
         plain = policy.num_bytes(role, rows, inputs, dtype_bytes=dtype_bytes)
@@ -105,6 +121,7 @@ def step_bytes(
     experts = 0
     for name, role, size, _ in _sizes(config, dtype_bytes, policy, parts):
         is_read = config.tie_word_embeddings and policy.quantization_of("head") is None
+        is_read = is_read and (parts is None or parts.stage.is_last)
         if name == _EMBEDDING and not is_read:
             total -= size
         experts += size if role == "experts" else 0

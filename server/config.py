@@ -27,6 +27,7 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.parallel.device_map import read_device_map
 from jamba_server.engine.types import Pooling
 from jamba_server.server.option_values import (
     DTYPE_ALIASES,
@@ -316,6 +317,13 @@ class ServerConfig:
         bool | None,
         Help("expert", "Compute the same bits with 1, 2, 4 and 8 processes", default="with more than one process"),
     ] = None
+    pipeline_parallel_size: Annotated[
+        Count, Help("memory", "Stages that divide the layers among each other, each on its own GPU or process")
+    ] = 1
+    device_map: Annotated[
+        str | None,
+        Help("memory", "JSON file with the device of each module, as in transformers, for unequal stages", "PATH"),
+    ] = None
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
     threads: Annotated[Count | None, Help("expert", "CPU threads of each engine process", "N", "one per core")] = None
     numa: Annotated[Numa, Help("expert", "Divide threads and weights among memory nodes; auto: if several")] = "auto"
@@ -339,9 +347,12 @@ class ServerConfig:
     ] = field(default_factory=dict[str, str])
 
     def engine(self, model: Path) -> EngineConfig:
-        """Returns the options that the engine needs. `model` is the folder or the GGUF file that holds the model."""
+        """Returns the options that the engine needs. `model` is the folder or the GGUF file that holds the model.
+
+        Raises ConfigError if the device map cannot be read."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in EngineConfig.__struct_fields__}
         settings["model"] = str(model)
+        settings["device_map"] = None if self.device_map is None else read_device_map(Path(self.device_map))
         return EngineConfig(**settings)
 
     @property

@@ -74,8 +74,11 @@ class CacheLayout:
 
     def stacked(self, unit: Unit, name: str) -> Kept:
         """Returns the shape and dtype of the tensor that holds the tensors called `name` of all layers, for one page,
-        one slot or one saved state. Its first dimension is the number of layers that have a tensor of this name."""
+        one slot or one saved state. Its first dimension is the number of layers that have a tensor of this name. If no
+        layer has one, as in a stage of a pipeline without attention layers, the result is a tensor without elements."""
         tensors: list[Kept] = [kept[name] for layer in self.layers if name in (kept := _kept(layer, unit))]
+        if not tensors:
+            return Kept((0, 0, 0, 0, 0) if unit == "page" else (0, 0, 0), "float32")
         assert len(set(tensors)) == 1, f"{name} of a {unit} has {len(set(tensors))} shapes"
         return Kept((len(tensors), *tensors[0].shape), tensors[0].dtype)
 

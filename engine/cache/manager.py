@@ -86,6 +86,10 @@ class CacheCopies:
     saves: Pairs = field(default_factory=list[tuple[int, int]])
     states: Pairs = field(default_factory=list[tuple[int, int]])
 
+    def __bool__(self) -> bool:
+        """Returns whether there is anything to copy."""
+        return bool(self.pages or self.saves or self.states)
+
 
 class CacheManager:
     """Gives KV pages and state slots to sequences, and finds pages and saved states again for later requests. During

@@ -24,7 +24,8 @@ class CacheStorage:
     If saved states are compressed, `num_compressed` is the number of compressed saved states plus one, for a dummy with
     id 0; otherwise `num_compressed` is 0. The SSM states of compressed saved states are in `compressed`. Their
     convolution states are in `conv`, uncompressed, after the convolution states of the slots.
-    A layer's index counts the layers of its own kind: the third Mamba layer has index 2.
+    A layer's index counts the layers of its own kind: the third Mamba layer has index 2. A stage of a pipeline may have
+    no layer of a kind. It then has pages, or slots, without content.
     """
 
     def __init__(

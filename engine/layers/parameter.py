@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jamba_server.engine.parallel.group import ALONE, Group
 from jamba_server.engine.parallel.shards import Parts
+from jamba_server.engine.parallel.stages import Stage
 from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy, Role
 from jamba_server.engine.quantization.quantize import quantize
@@ -96,11 +97,12 @@ Units = Iterator[Unit]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
-    """All tensors that a checkpoint may contain. Tensors named in `ignored` are accepted but not used. `drawn` is that
-    of the model's `Backend`."""
+    """All tensors that a checkpoint may contain. Tensors named in `ignored` are accepted but not used, and so are those
+    that another `stage` loads. `drawn` is that of the model's `Backend`."""
 
     units: tuple[Unit, ...]
     ignored: frozenset[str]
+    stage: Stage
     drawn: Drawn = field(default_factory=dict[int, Tensor])
 
     @property
@@ -128,7 +130,7 @@ class Backend:
     def divides_sums(self) -> bool:
         """Returns whether products are summed in sections or by several ranks, so that they take more than one call of
         a kernel."""
-        return not self.parts.is_whole
+        return self.parts.divides_sums
 
     def under(self, prefix: str) -> Backend:
         """Returns a copy of this backend for the part of the model whose weights have names that begin with

@@ -15,6 +15,7 @@ from jamba_server.engine.model_config import CAUSAL_LM, SEQUENCE_CLASSIFICATION,
 from jamba_server.engine.models.jamba import JambaForCausalLM, JambaForSequenceClassification
 from jamba_server.engine.parallel.group import ALONE, Group
 from jamba_server.engine.parallel.shards import Parts
+from jamba_server.engine.parallel.stages import Stage
 from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy
 from jamba_server.kernels.ops import Kernels
 
@@ -28,7 +29,7 @@ class Model(Protocol):
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None: ...
 
-    def forward(self, batch: ForwardBatch, storage: CacheStorage) -> Tensor: ...
+    def forward(self, batch: ForwardBatch, storage: CacheStorage, received: Tensor | None = None) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -49,8 +50,10 @@ def build_model(
     device: torch.device,
     policy: QuantizationPolicy = UNQUANTIZED,
     group: Group = ALONE,
+    stage: Stage | None = None,
 ) -> Model:
-    """Returns a model of the class that implements `config.architecture`, or what a rank of `group` owns of it. The
-    weights of the model are not loaded yet. Raises ConfigError if the model cannot be divided among the ranks."""
-    parts = Parts.of(config, group.shard, policy)
+    """Returns a model of the class that implements `config.architecture`, or what a rank of `group` owns of it and of
+    the layers of its `stage`. The weights of the model are not loaded yet. Raises ConfigError if the model cannot be
+    divided among the ranks."""
+    parts = Parts.of(config, group.shard, policy, stage)
     return MODELS[config.architecture](config, Backend(kernels, dtype, device, policy, parts, group))

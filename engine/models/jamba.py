@@ -8,7 +8,7 @@ into chunks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from jamba_server.engine.layers.mamba import Mamba
 from jamba_server.engine.layers.mlp import Mlp
 from jamba_server.engine.layers.moe import Moe
 from jamba_server.engine.layers.norm import RmsNorm
-from jamba_server.engine.layers.parameter import Backend, TensorMap, Units
+from jamba_server.engine.layers.parameter import Backend, TensorMap, Unit, Units
 from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.parallel.stages import FINAL_NORM
 from jamba_server.engine.pieces import Piece
 
 
@@ -67,6 +68,13 @@ class DecoderLayer:
         return frozenset([f"{self._name}self_attn.rotary_emb.inv_freq"] if self.is_attention else [])
 
 
+class _Output(NamedTuple):
+    """What follows the layers, on the last stage."""
+
+    norm: RmsNorm
+    head: Linear
+
+
 class Jamba(ABC):
     """Computes hidden states from token ids, with the layers that all Jamba architectures share. Each subclass adds its
     own output head."""
@@ -74,24 +82,41 @@ class Jamba(ABC):
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
         self.config, self.dtype = config, backend.dtype
         self._backend, self.parts = backend, backend.parts
-        self._embed_tokens = Embedding(self._backend, config.hidden_size)
-        self._layers = [DecoderLayer(self._backend, config, i) for i in range(config.num_hidden_layers)]
-        self._final_norm = RmsNorm(self._backend, config.hidden_size, config.rms_norm_eps)
-        self._head = self._make_head()
+        self._stage = stage = backend.parts.stage
+        ties = config.tie_word_embeddings and not config.is_classifier
+        self._embed_tokens = None
+        if stage.is_first or (stage.is_last and ties):
+            self._embed_tokens = Embedding(self._backend, config.hidden_size)
+        self._layers = [DecoderLayer(self._backend, config, i) for i in stage.layers]
+        self._output: _Output | None = None
+        if stage.is_last:
+            norm = RmsNorm(self._backend, config.hidden_size, config.rms_norm_eps)
+            self._output = _Output(norm, self._make_head(self._embed_tokens if ties else None))
 
-    def forward(self, batch: ForwardBatch, storage: CacheStorage) -> Tensor:
-        """Returns the hidden states [T, H] after the final norm. Reads and writes the KV pages and state slots in
-        `storage` that `batch` names."""
+    def forward(self, batch: ForwardBatch, storage: CacheStorage, received: Tensor | None = None) -> Tensor:
+        """Returns the hidden states [T, H] after the final norm, or the residual stream [T, H] if another stage goes on
+        with the layers after this one's. Stages other than the first go on from the residual stream that they have
+        `received`. Reads and writes the KV pages and state slots in `storage` that `batch` names."""
         kv_caches, states = iter(storage.kv_layers), iter(storage.state_layers)
-        x, residual = self._embed_tokens(batch.token_ids), None
+        residual: Tensor | None = None
+        if received is None:
+            assert self._stage.is_first and self._embed_tokens is not None, "other stages than the first one receive x"
+            x = self._embed_tokens(batch.token_ids)
+        else:
+            x = received
         for layer in self._layers:
             x, residual = layer(x, residual, batch, next(kv_caches if layer.is_attention else states))
-        return self._final_norm.add(x, residual)[0]
+        if self._output is None:
+            assert residual is not None, "every stage has a layer"
+            # Within a stage, the norm that comes next adds these two and rounds the sum to the model's dtype, too.
+            return x + residual
+        return self._output.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Maps hidden states [n, H] to float32 logits [n, V]. A classifier returns [n, num_labels]; the logits for a
-        text are in the row of the text's last token."""
-        return self._all_columns(self._head(hidden)).float()
+        """Maps hidden states [n, H] of the last stage to float32 logits [n, V]. A classifier returns [n, num_labels];
+        the logits for a text are in the row of the text's last token."""
+        assert self._output is not None, "only the last stage computes logits"
+        return self._all_columns(self._output.head(hidden)).float()
 
     def _all_columns(self, logits: Tensor) -> Tensor:
         """Returns the outputs of the head of all ranks, given those of this one."""
@@ -100,25 +125,34 @@ class Jamba(ABC):
     def tensor_map(self) -> TensorMap:
         """Returns the map from the name of each checkpoint tensor to the memory that the tensor fills. Must be called
         before any weight is packed."""
-        tied = self._head.is_shared
+        output, units = self._output, list[Unit]()
+        tied = output is not None and output.head.is_shared
+        if self._embed_tokens is not None:
+            units.append(self._embed_tokens.unit(self._pack_tied_head if tied else None))
+        for layer in self._layers:
+            units += layer.units()
+        if output is not None:
+            units.append(output.norm.unit(FINAL_NORM))
+            units += [] if tied else [output.head.unit("")]
         return TensorMap(
-            units=(
-                self._embed_tokens.unit(self._pack_tied_head if tied else None),
-                *chain.from_iterable(layer.units() for layer in self._layers),
-                self._final_norm.unit("model.final_layernorm"),
-                *([] if tied else [self._head.unit("")]),
-            ),
+            units=tuple(units),
             ignored=self._other_heads().union(*(layer.ignored() for layer in self._layers)),
+            stage=self._stage,
             drawn=self._backend.drawn,
         )
 
     def _pack_tied_head(self) -> None:
-        self._head.pack()
-        if not self._head.is_quantized:
-            self._embed_tokens.tie(self._head)
+        assert self._output is not None and self._embed_tokens is not None, "a tied head shares the embedding"
+        head = self._output.head
+        head.pack()
+        if not self._stage.is_first:
+            self._embed_tokens = None  # this stage needs the matrix for its head only
+        elif not head.is_quantized:
+            self._embed_tokens.tie(head)
 
     @abstractmethod
-    def _make_head(self) -> Linear: ...
+    def _make_head(self, tied_to: Embedding | None) -> Linear:
+        """Returns the output head. It shares the matrix of the embedding `tied_to`, if there is one."""
 
     @abstractmethod
     def _other_heads(self) -> frozenset[str]:
@@ -129,8 +163,8 @@ class Jamba(ABC):
 class JambaForCausalLM(Jamba):
     """Jamba with a language model head. If `tie_word_embeddings` is set, the head shares the embedding's matrix."""
 
-    def _make_head(self) -> Linear:
-        shared = self._embed_tokens.raw if self.config.tie_word_embeddings else None
+    def _make_head(self, tied_to: Embedding | None) -> Linear:
+        shared = None if tied_to is None else tied_to.raw
         own = self._backend.parts.vocabulary
         parts, pieces = {"lm_head": len(own)}, {"lm_head": Piece.of(own, 0)}
         return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared, pieces=pieces)
@@ -152,7 +186,7 @@ class JambaForCausalLM(Jamba):
 class JambaForSequenceClassification(Jamba):
     """Jamba as a classifier: the head is a linear layer that gives a score for each label."""
 
-    def _make_head(self) -> Linear:
+    def _make_head(self, tied_to: Embedding | None) -> Linear:
         labels, bias = {"score": self.config.num_labels}, self.config.score_bias
         return Linear(self._backend, self.config.hidden_size, labels, role="other", bias=bias)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from jamba_server.engine.parallel.shards import SECTIONS, WHOLE, Shard
 
 # The supervision of the engine ends ranks that hang, so the exchanges have no short time limit of their own.
-_TIMEOUT: Final = timedelta(days=1)
+TIMEOUT: Final = timedelta(days=1)
 # If the rows of a sum take at most this number of bytes in float32, each rank receives the sections of all rows, which
 # takes one exchange. Otherwise each rank adds the sections of some of the rows and then sends the results to the
 # others, which takes two exchanges of fewer bytes.
@@ -32,25 +32,23 @@ class Traffic:
     seconds: float = 0.0
 
 
+ProcessGroup = Any
+"""A process group of torch.distributed, whose classes for gloo and NCCL have no common type for these methods."""
+
+
 class Group:
     """The ranks of a model. `shard` says which of them this one is. A group of one rank exchanges nothing."""
 
-    def __init__(self, shard: Shard = WHOLE, process_group: Any = None) -> None:
+    def __init__(self, shard: Shard = WHOLE, process_group: ProcessGroup = None) -> None:
         assert (process_group is None) == (shard.size == 1), "one rank needs no process group, and several need one"
         self.shard, self._group, self.traffic = shard, process_group, Traffic()
 
     @classmethod
-    def join(cls, shard: Shard, store: dist.Store, device: torch.device, timeout: timedelta = _TIMEOUT) -> Group:
+    def join(cls, shard: Shard, store: dist.Store, device: torch.device, timeout: timedelta = TIMEOUT) -> Group:
         """Waits until all ranks have met in `store`, and returns their group: NCCL's on GPUs, else gloo's. On a CPU the
         ranks are processes, or threads, of one machine. An exchange that takes longer than `timeout` fails."""
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            return cls(shard, dist.ProcessGroupNCCL(store, shard.rank, shard.size, options))
-        options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage]
-        options._timeout = timeout
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        return cls(shard, dist.ProcessGroupGloo(store, shard.rank, shard.size, options))
+        make = nccl if device.type == "cuda" else gloo
+        return cls(shard, None if shard.size == 1 else make(store, shard.rank, shard.size, timeout))
 
     def add_sections(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the sum of the sections of all ranks, added in float32 and in the order of the sections: dtype
@@ -114,6 +112,21 @@ class Group:
         self.traffic.exchanges += 1
         self.traffic.num_bytes += num_bytes
         self.traffic.seconds += time.perf_counter() - began
+
+
+def gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
+    """Returns a group whose ranks exchange tensors in host memory. All ranks must be on this machine."""
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage]
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
+    """Returns a group whose ranks exchange tensors on GPUs. Each rank has its current GPU to itself."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 def _in_order(sums: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Final
 
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.parallel.stages import Stage
 from jamba_server.engine.quantization import FORMATS, SUPER_GROUP, UNQUANTIZED, Format, QuantizationPolicy, Role
 
 SECTIONS: Final = 8
@@ -111,7 +112,7 @@ class Parts:
     `heads` are the query heads of attention and `kv_heads` its KV heads, which several ranks may own. `channels` are
     those of the Mamba layers. `inner` are the intermediate activations of dense feed-forward layers and `experts` those
     of each expert. `vocabulary` are rows of the embedding and of the language model head; `vocabulary_rows` is the
-    largest number of rows that a rank owns.
+    largest number of rows that a rank owns. The rank owns these parts of the layers of its `stage` only.
     """
 
     shard: Shard
@@ -122,10 +123,18 @@ class Parts:
     experts: Own
     vocabulary: Own
     vocabulary_rows: int
+    stage: Stage
 
     @classmethod
-    def of(cls, config: JambaConfig, shard: Shard = WHOLE, policy: QuantizationPolicy = UNQUANTIZED) -> Parts:
-        """Returns what `shard` owns of a model whose weights have the formats that `policy` says.
+    def of(
+        cls,
+        config: JambaConfig,
+        shard: Shard = WHOLE,
+        policy: QuantizationPolicy = UNQUANTIZED,
+        stage: Stage | None = None,
+    ) -> Parts:
+        """Returns what `shard` owns of a model whose weights have the formats that `policy` says. If `stage` is None,
+        the rank owns a part of every layer.
 
         Raises ConfigError if a rank would own nothing of some layer, or if a group of a quantised weight would be
         divided between two sections.
@@ -150,6 +159,7 @@ class Parts:
             experts=shard.own(section_borders(config.intermediate_size, _group(config, policy, (down,), "experts"))),
             vocabulary=Own(config.vocab_size, start, stop),
             vocabulary_rows=per_rank,
+            stage=Stage.whole(config.num_hidden_layers) if stage is None else stage,
         )
         parts._check()
         return parts
@@ -157,7 +167,17 @@ class Parts:
     @property
     def is_whole(self) -> bool:
         """Returns whether this is all of the model, with sums that are not divided into sections."""
-        return self.shard == WHOLE
+        return not self.divides_sums and self.num_ranks == 1
+
+    @property
+    def divides_sums(self) -> bool:
+        """Returns whether products are summed in sections or by several ranks."""
+        return self.shard != WHOLE
+
+    @property
+    def num_ranks(self) -> int:
+        """Returns the number of ranks that run the model."""
+        return self.shard.size * self.stage.count
 
     def _check(self) -> None:
         owned = {

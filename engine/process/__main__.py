@@ -25,7 +25,7 @@ from jamba_server.engine.process.ranks import Ranks
 from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import receive
 from jamba_server.engine.read_ahead import reading_early
-from jamba_server.engine.start.rank_options import check_ranks
+from jamba_server.engine.start.rank_options import check_ranks, num_ranks
 from jamba_server.engine.types import Abort, Failed, Ready, Submit, ToEngine
 
 if TYPE_CHECKING:
@@ -55,12 +55,14 @@ def run(connection: socket.socket, send: Send) -> int:
     if (config := receive(connection, EngineConfig)) is None:
         return 1
     ranks = None
-    if config.tensor_parallel_size > 1:
-        try:
+    try:
+        several = num_ranks(config) > 1
+        if several:
             check_ranks(config)
-        except ConfigError as error:
-            send(Failed(str(error)))
-            return 1
+    except ConfigError as error:
+        send(Failed(str(error)))
+        return 1
+    if several:
         ranks = Ranks(send)
         ranks.start(config)
     with reading_early(Path(config.model), config.load_format):

@@ -76,8 +76,8 @@ def load(config: EngineConfig, send: Send, rank: int = 0, store: str | None = No
 
     try:
         with beating(lambda: send(Working())):
-            group = None if store is None else join_ranks(config, rank, store)
-            return build_engine(config, progress, group)
+            joined = None if store is None else join_ranks(config, rank, store)
+            return build_engine(config, progress, joined)
     except (ConfigError, KernelError) as error:
         send(Failed(str(error)))
         return None

@@ -12,13 +12,18 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jamba_server.engine.process.connection import LogToParent, Send, end_with_parent, load, sender
-from jamba_server.engine.process.ranks import Join, StepInputs, ToRank, checksum, descriptor_path
+from jamba_server.engine.process.ranks import NEWS_SECONDS, Join, StepInputs, ToRank, checksum, descriptor_path
 from jamba_server.engine.process.wire import receive
 from jamba_server.engine.read_ahead import reading_early
-from jamba_server.engine.types import Submit
+from jamba_server.engine.types import StepResult, Submit
+
+if TYPE_CHECKING:
+    from jamba_server.engine.core import EngineCore
 
 
 def run(connection: socket.socket, send: Send) -> int:
@@ -42,8 +47,18 @@ def run(connection: socket.socket, send: Send) -> int:
                 if message.results != results:
                     raise RuntimeError(f"rank {join.rank} has computed other tokens than rank 0")
                 inbox.follow(message)
-                results = checksum(core.step())
+                results = checksum(run_step(core))
     return 0
+
+
+def run_step(core: EngineCore) -> StepResult:
+    """Runs a step. If it fails, the cause may be that another rank has died. Rank 0 finds that out and ends this
+    process, too, so this process waits before it ends by itself and becomes the first rank that has."""
+    try:
+        return core.step()
+    except Exception:
+        time.sleep(NEWS_SECONDS)
+        raise
 
 
 def main() -> None:

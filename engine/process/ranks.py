@@ -20,6 +20,7 @@ import msgspec
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.process.wire import pack, receive
+from jamba_server.engine.start.rank_options import num_ranks
 from jamba_server.engine.types import Failed, LogLine, StepResult, Submit, Working
 
 # The option -P keeps Python from importing modules of the current folder.
@@ -73,7 +74,7 @@ class Ranks:
     def start(self, config: EngineConfig) -> None:
         """Starts the ranks. Must be called by the main thread: on Linux, a rank is killed when the thread that has
         started it ends."""
-        for rank in range(1, config.tensor_parallel_size):
+        for rank in range(1, num_ranks(config)):
             ours, theirs = socket.socketpair()
             with theirs:
                 process = subprocess.Popen(

@@ -27,6 +27,8 @@ def check_replicas(config: EngineConfig, number: int) -> None:
     """Raises ConfigError for options that do not work with several engines."""
     refused = {
         "tensor_parallel_size": config.tensor_parallel_size > 1,
+        "pipeline_parallel_size": config.pipeline_parallel_size > 1,
+        "device_map": config.device_map is not None,
         "state_cache_host_bytes": config.state_cache_host_bytes > 0,
         "state_cache_disk_path": config.state_cache_disk_path is not None,
     }

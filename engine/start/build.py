@@ -32,11 +32,12 @@ from jamba_server.engine.model_cache import wanted_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.models import Model, build_model
-from jamba_server.engine.parallel.group import Group
+from jamba_server.engine.parallel.pipe import Pipe
 from jamba_server.engine.parallel.shards import Parts
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.sampling.sampler import Sampler
 from jamba_server.engine.scheduler import Chunk, Scheduler
+from jamba_server.engine.stage_runner import StageRunner
 from jamba_server.engine.start.activations import int8_activations
 from jamba_server.engine.start.contents import StoredModel, conversions, read_model
 from jamba_server.engine.start.fingerprint import WeightHash, fingerprint
@@ -44,9 +45,9 @@ from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
-from jamba_server.engine.start.parallel import agreed, alone, choose_device, of_rank
+from jamba_server.engine.start.parallel import Joined, agreed, alone, choose_device, of_rank
 from jamba_server.engine.start.processors import choose_threads, find_processors
-from jamba_server.engine.start.rank_options import check_options
+from jamba_server.engine.start.rank_options import check_options, num_ranks
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
 from jamba_server.engine.start.tier_sizes import with_host_tier
@@ -71,6 +72,7 @@ class Loaded:
     """A model with its weights, and everything else that is needed to build a model runner."""
 
     model: Model
+    pipe: Pipe
     sampler: Sampler
     masks: MaskFiller
     kernels: Kernels
@@ -93,22 +95,22 @@ class Loaded:
 
 
 def build_engine(
-    config: EngineConfig, on_progress: OnProgress = lambda phase, fraction: None, group: Group | None = None
+    config: EngineConfig, on_progress: OnProgress = lambda phase, fraction: None, joined: Joined | None = None
 ) -> EngineCore:
     """Loads the model, plans the memory and returns the engine. `on_progress` is called with the name of the current
-    phase and the fraction of this phase that is done. If several ranks run the model, `group` has them, and each of
-    them calls this function. Raises ConfigError if an option cannot be satisfied."""
+    phase and the fraction of this phase that is done. If several ranks run the model, each of them calls this function
+    with what it shares with the others. Raises ConfigError if an option cannot be satisfied."""
     started = time.monotonic()
     device = choose_device(config)
-    group = alone(config) if group is None else group
     check_options(config)
     stored = read_stored(config)
     model_config = stored.config
+    joined = alone(config, model_config) if joined is None else joined
     dtype, policy = choose_dtype(config, model_config), policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     check_folder(config)
-    parts = Parts.of(model_config, group.shard, policy)
+    parts = Parts.of(model_config, joined.group.shard, policy, joined.pipe.stage)
     config = of_rank(config)
     threads = start_threads(config, device)
     kernels, activations = choose_kernels(config, policy, dtype, device)
@@ -117,7 +119,7 @@ def build_engine(
         config = msgspec.structs.replace(config, max_num_batched_tokens=step.tokens, max_step_ms=None)
     layout = wanted_layout(model_config, config, parts)
     weight_size = rank_weight_bytes(model_config, dtype.itemsize, parts=parts, policy=policy)
-    planned = planner(model_config, config, layout, weight_size, device, group)
+    planned = planner(model_config, config, layout, weight_size, device, joined)
     plan = planned(available_bytes(device, config))
     config, more = with_host_tier(config, available_memory() - (device.type == "cpu") * plan.total_bytes)
     warnings += more
@@ -128,12 +130,13 @@ def build_engine(
     compiler = GrammarCompiler(tokenizer_of(config), model_config.vocab_size, model_config.eos_token_ids)
     weights = None if config.state_cache_disk_path is None else WeightHash(config)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) and parts.is_whole else nullcontext():
-        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy, group=group)
+        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy, **joined.build())
         load(model, config, on_progress)
         release_free_memory()
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
-    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations, threads)
+    own = model, joined.pipe, sampler, masks
+    loaded = Loaded(*own, kernels, policy, dtype, layout, device, warnings, activations, threads)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -186,14 +189,14 @@ def planner(
     layout: CacheLayout,
     weight_size: int,
     device: torch.device,
-    group: Group,
+    joined: Joined,
 ) -> Callable[..., MemoryPlan]:
     """Returns a function that plans the memory of `available` bytes, perhaps with `measured` activations. All ranks of
-    `group` must call the function, and get the same numbers of pages, slots, tokens and sequences."""
+    the engine must call the function, and get the same numbers of pages, slots, tokens and sequences."""
 
     def planned(available: int, measured: Measured | None = None) -> MemoryPlan:
         sizes: dict[str, Any] = {"weight_bytes": weight_size, "available_bytes": available, "device": device.type}
-        return agreed(plan_memory(model_config, config, layout, **sizes, measured=measured), group, device)
+        return agreed(plan_memory(model_config, config, layout, **sizes, measured=measured), joined, device)
 
     return planned
 
@@ -248,7 +251,7 @@ def available_bytes(device: torch.device, config: EngineConfig) -> int:
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
     allowed = available_memory() if config.cpu_memory_bytes is None else config.cpu_memory_bytes
     # The ranks on a CPU share its memory.
-    return min(allowed, available_memory()) // config.tensor_parallel_size
+    return min(allowed, available_memory()) // num_ranks(config)
 
 
 def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
@@ -285,7 +288,7 @@ def gathered_tokens(model_config: JambaConfig, item_bytes: int) -> int:
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
     """Runs the largest dummy steps and returns how much memory these steps needed."""
     storage = loaded.storage(1, 1)
-    runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks)
+    runner = new_runner(loaded, storage)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
 
 
@@ -297,7 +300,9 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     graphs, tables = None, None
     if on_gpu and table_bytes(plan.max_num_seqs, plan.max_model_len, config.block_size):
         tables = DeviceTables(plan.max_num_seqs, -(-plan.max_model_len // config.block_size), device)
-    runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
+    # The stages of a pipeline have several steps in flight, none of which needs tokens that only the device knows.
+    runs_ahead = on_gpu and loaded.pipe.stage.count == 1
+    runs_ahead = runs_ahead if config.async_scheduling is None else config.async_scheduling
     # On a CPU, asynchronous scheduling rules out graphs: a step that is launched before the previous step has finished
     # gathers its input tokens with a torch operation. A CPU graph can replay only this project's own kernels.
     wanted = not config.enforce_eager and (on_gpu or not runs_ahead)
@@ -316,8 +321,15 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
             bytes_per_row=bytes_per_row(loaded.model.config),
         )
     sampled = SampledTokens(plan.max_num_seqs, device) if runs_ahead else None
+    return new_runner(loaded, storage, graphs=graphs, sampled=sampled, tables=tables)
+
+
+def new_runner(loaded: Loaded, storage: CacheStorage, **settings: Any) -> ModelRunner:
+    """Returns a model runner, or that of a stage if there are several. `settings` are arguments of `ModelRunner`."""
     parts = loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks
-    return ModelRunner(*parts, graphs=graphs, sampled=sampled, tables=tables)
+    if loaded.pipe.stage.count > 1:
+        return StageRunner(loaded.pipe, *parts, **settings)
+    return ModelRunner(*parts, **settings)
 
 
 def capture(runner: ModelRunner, reply: Chunk, on_progress: OnProgress) -> None:
@@ -373,6 +385,7 @@ def make_info(
         pad_token_id=model_config.pad_token_id,
         tensor_parallel_size=config.tensor_parallel_size,
         tensor_parallel_exact=loaded.model.parts.shard.exact,
+        pipeline_parallel_size=loaded.model.parts.stage.count,
         segment_page={} if segment is None else {**segment.page},
         segment_state={} if segment is None else {**segment.state},
     )
@@ -392,6 +405,7 @@ def make_scheduler(
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         eos_token_ids=loaded.model.config.eos_token_ids,
+        num_stages=loaded.model.parts.stage.count,
     )
 
 

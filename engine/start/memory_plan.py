@@ -3,7 +3,8 @@ torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jamba_server.engine.cache.graph_sizes import GraphSizes, table_bytes
@@ -48,6 +49,9 @@ CPU_SAVED_STATES_PER_SEQUENCE = 4
 # Activations may use this fraction of the memory that the weights do not use. If the activations need more,
 # max_num_batched_tokens and max_num_seqs are reduced.
 ACTIVATION_SHARE = 0.25
+# A stage of a pipeline without attention layers has pages without content, and one without Mamba layers has states
+# without content. Its memory does not limit their number. All stages have the smallest number that one of them has.
+UNLIMITED = 1 << 20
 LOGITS_COPIES = 3  # arrays of the sampler: logits, their log-softmax, and a sorted or masked copy of the logits
 
 
@@ -284,7 +288,7 @@ class _Planner:
 
     def _running_slots(self, requested: int, budget: int) -> int:
         size = self.spec.bytes_per_slot
-        half = budget // 2 // size - self.fixed_slots
+        half = _units(budget // 2, size) - self.fixed_slots
         reason = f"a sequence's state needs {format_bytes(size)}, and states may use half of the cache memory"
         return self._at_most("max_num_seqs", requested, half, reason)
 
@@ -300,12 +304,12 @@ class _Planner:
         if requested is not None:
             most = max(share, rest - min(longest * page, explicit_kv or rest))
             fits = self._at_most("state_cache_memory_bytes", requested, most, "the cache memory is limited")
-            return max(fits // size, MIN_SAVED_STATES)
+            return max(_units(fits, size), MIN_SAVED_STATES)
         # If the user sets the size of the memory for KV pages, saved states get at most a third of this size. This is a
         # quarter of the memory of saved states and KV pages together.
         if explicit_kv is not None:
             share = min(share, explicit_kv // 3)
-        count = share // size
+        count = _units(share, size)
         if self.device == "cpu":
             count = min(count, CPU_SAVED_STATES_PER_SEQUENCE * max_num_seqs)
         return max(count, MIN_SAVED_STATES)
@@ -316,9 +320,28 @@ class _Planner:
         spec, explicit = self.spec, self.engine.kv_cache_memory_bytes
         if explicit is not None:
             fits = self._at_most("kv_cache_memory_bytes", explicit, room, "the available memory is limited")
-            return fits // spec.bytes_per_page
+            return _units(fits, spec.bytes_per_page)
         running = max_num_seqs * spec.pages(max_model_len)
         if self.device == "cpu":
             average = spec.pages(CPU_TOKENS_PER_SEQUENCE)
             running = min(running, max(max_num_seqs * average, spec.pages(max_model_len)))
-        return min(room // spec.bytes_per_page, 1 + PREFIX_CACHE_FACTOR * running)
+        return min(_units(room, spec.bytes_per_page), 1 + PREFIX_CACHE_FACTOR * running)
+
+
+def smallest_plan(plan: MemoryPlan, smallest: Callable[[list[int]], list[int]]) -> MemoryPlan:
+    """Returns the plan of a rank with the sizes that all ranks can have. `smallest` takes the sizes of this rank, and
+    returns the smallest of all ranks. The memory that the result counts is that of this rank."""
+    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "num_slots", "num_compressed")
+    sizes = dict(zip(names, smallest([getattr(plan, name) for name in names]), strict=True))
+    state_bytes = plan.state_bytes * (sizes["num_slots"] + sizes["num_compressed"])
+    return replace(
+        plan,
+        **sizes,
+        kv_bytes=plan.kv_bytes // plan.num_pages * sizes["num_pages"],
+        state_bytes=state_bytes // (plan.num_slots + plan.num_compressed),
+    )
+
+
+def _units(room: int, size: int) -> int:
+    """Returns how many units of `size` bytes fit into `room` bytes."""
+    return room // size if size else UNLIMITED

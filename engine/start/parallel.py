@@ -2,79 +2,130 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from torch.distributed import FileStore
+from torch.distributed import FileStore, PrefixStore, Store
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.parallel.group import Group
+from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.parallel.device_map import check_kind
+from jamba_server.engine.parallel.group import TIMEOUT, Group
+from jamba_server.engine.parallel.pipe import Pipe
+from jamba_server.engine.parallel.stages import Stage
 from jamba_server.engine.start.machine import available_cpus
-from jamba_server.engine.start.memory_plan import MemoryPlan
-from jamba_server.engine.start.rank_options import shard_of
+from jamba_server.engine.start.memory_plan import MemoryPlan, smallest_plan
+from jamba_server.engine.start.rank_options import num_ranks, num_stages, shard_of, stages_of
+
+logger = logging.getLogger(__name__)
+
+
+class Joined(NamedTuple):
+    """What a rank shares with the others: its `group` has the ranks that divide the same layers among each other, and
+    its `pipe` those that have the same part of other layers."""
+
+    group: Group
+    pipe: Pipe
+
+    @classmethod
+    def meet(
+        cls,
+        config: EngineConfig,
+        stages: Sequence[Stage],
+        rank: int,
+        store: Store,
+        device: torch.device,
+        timeout: timedelta = TIMEOUT,
+    ) -> Joined:
+        """Waits until all ranks have met in `store`. Neighbouring ranks have the same stage."""
+        shard, stage = shard_of(config, rank), stages[rank // config.tensor_parallel_size]
+        group = Group.join(shard, PrefixStore(f"stage {stage.index}", store), device, timeout)
+        if stage.count == 1:
+            return cls(group, Pipe(stage))
+        return cls(group, Pipe.join(stage, PrefixStore(f"pipe {shard.rank}", store), device, timeout))
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.shard.size * self.pipe.stage.count
+
+    def build(self) -> dict[str, Any]:
+        """Returns the arguments that `build_model` needs to know what this rank owns."""
+        return {"group": self.group, "stage": self.pipe.stage}
+
+    def smallest(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """Returns the smallest of all ranks' numbers, for each of `numbers`. It waits for all ranks."""
+        return self.pipe.smallest(self.group.smallest(numbers, device))
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """Returns the device to run on. The option value "auto" means the GPU if torch sees one, else the CPU."""
+    """Returns the device to run on. The option value "auto" means the GPU if torch sees one, else the CPU. Raises
+    ConfigError if there is no such device, or if a device map has devices of another kind."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was requested, but this torch sees no GPU. Use --device cpu or auto.")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if config.device_map is not None:
+        check_kind(config.device_map, name)
     return torch.device(name)
 
 
-def join_ranks(config: EngineConfig, rank: int, store: str) -> Group:
-    """Waits until all ranks are there, and returns their group. They find each other in the file at the path `store`,
-    which is empty at first. Raises ConfigError if there are fewer GPUs than ranks."""
+def join_ranks(config: EngineConfig, rank: int, store: str) -> Joined:
+    """Waits until all ranks are there, and returns what this rank shares with them. They find each other in the file at
+    the path `store`, which is empty at first. Raises ConfigError if there are fewer GPUs than ranks."""
     check_devices(config)
     device = choose_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(rank)
-    group = Group.join(shard_of(config, rank), FileStore(store, config.tensor_parallel_size), device)
-    group.smallest([0], device)
-    return group
+    stages = stages_of(config, load_model_config(Path(config.model)))
+    joined = Joined.meet(config, stages, rank, FileStore(store, num_ranks(config)), device)
+    joined.smallest([0], device)
+    if joined.pipe.stage.count > 1:
+        logger.info("this process runs %s", joined.pipe.stage)
+    return joined
 
 
-def alone(config: EngineConfig) -> Group:
-    """Returns the group of an engine in one process. Raises ConfigError if the options ask for several ranks."""
-    if config.tensor_parallel_size != 1:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, but this engine runs in one process; the limit "
-            "is 1 here. `jamba serve` starts a process for each rank."
-        )
-    return Group(shard_of(config, 0))
+def alone(config: EngineConfig, model: JambaConfig) -> Joined:
+    """Returns the only rank of an engine in one process. Raises ConfigError if the options ask for several ranks."""
+    for name, size in (
+        ("tensor_parallel_size", config.tensor_parallel_size), ("pipeline_parallel_size", num_stages(config))
+    ):  # fmt: skip
+        if size != 1:
+            raise ConfigError(
+                f"{name} is {size}, but this engine runs in one process; the limit is 1 here. `jamba serve` starts a "
+                "process for each rank."
+            )
+    [stage] = stages_of(config, model)
+    return Joined(Group(shard_of(config, 0)), Pipe(stage))
 
 
 def check_devices(config: EngineConfig) -> None:
     """Raises ConfigError if there are fewer GPUs than ranks."""
-    size, count = config.tensor_parallel_size, torch.cuda.device_count()
+    size, count = num_ranks(config), torch.cuda.device_count()
     if size > 1 and config.device != "cpu" and 0 < count < size:
         raise ConfigError(
-            f"tensor_parallel_size is {size}, but this machine has {count} GPUs. Each rank needs one of its own."
+            f"tensor_parallel_size is {config.tensor_parallel_size} and pipeline_parallel_size is "
+            f"{num_stages(config)}, but this machine has {count} GPUs. Each of the {size} ranks needs one of its own."
         )
 
 
 def of_rank(config: EngineConfig) -> EngineConfig:
     """Returns the options with what a rank decides where they leave it open: its number of CPU threads, if it shares
     the processors with other ranks, and that sums in sections have activations of the model's dtype."""
-    threads, size = config.threads, config.tensor_parallel_size
+    threads, size = config.threads, num_ranks(config)
     if threads is None and size > 1:
         threads = max(1, available_cpus() // size)
     activations = "none" if shard_of(config, 0).exact else config.activation_quantization
     return msgspec.structs.replace(config, threads=threads, activation_quantization=activations)
 
 
-def agreed(plan: MemoryPlan, group: Group, device: torch.device) -> MemoryPlan:
+def agreed(plan: MemoryPlan, joined: Joined, device: torch.device) -> MemoryPlan:
     """Returns a plan with the smallest sizes of all ranks' plans. The memory that it counts is that of this rank."""
-    if group.shard.size == 1:
+    if joined.num_ranks == 1:
         return plan
-    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "num_slots", "num_compressed")
-    sizes = dict(zip(names, group.smallest([getattr(plan, name) for name in names], device), strict=True))
-    state_bytes = plan.state_bytes * (sizes["num_slots"] + sizes["num_compressed"])
-    return replace(
-        plan,
-        **sizes,
-        kv_bytes=plan.kv_bytes // plan.num_pages * sizes["num_pages"],
-        state_bytes=state_bytes // (plan.num_slots + plan.num_compressed),
-    )
+    return smallest_plan(plan, partial(joined.smallest, device=device))

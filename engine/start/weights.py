@@ -113,7 +113,7 @@ class _Loader:
 
     def __init__(self, tensor_map: TensorMap, checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
         self._aliases = aliases
-        self._ignored, self._folder = tensor_map.ignored, checkpoint.path
+        self._ignored, self._stage, self._folder = tensor_map.ignored, tensor_map.stage, checkpoint.path
         self._config = checkpoint.where("config.json")
         self._names = list(tensor_map.destinations)
         self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
@@ -127,7 +127,7 @@ class _Loader:
             self._account(unit.parts[name], name, path)
             self._fill(name, weight, *unit.destination(name), path)
             unit.mark_filled(name)
-        elif name not in self._ignored:
+        elif name not in self._ignored and not self._stage.is_elsewhere(name):
             why = _decided_by([name], "without it")
             what = f"{name} {_shape(weight)}"
             raise CheckpointError(f"{path}: tensor {what} has no place in the model of {self._config}{why}.")

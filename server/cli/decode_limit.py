@@ -5,7 +5,7 @@ The commands `jamba plan` and `jamba bench` print this limit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,26 +53,29 @@ def decode_limits(
     *,
     bandwidth: float | None,
     measured: Mapping[int, float],
-    parts: Parts | None = None,
+    parts: Sequence[Parts | None] = (None,),
 ) -> tuple[Decode, ...]:
     """Returns the limits of the decoding speed, first for one sequence, then for each number of sequences in
     `measured`.
 
     `measured` maps a number of sequences to tokens per second. `bandwidth` is in bytes per second.
-    If `parts` is given, the bytes are those that the rank that owns them reads, and the time of exchanges between ranks
-    is not counted.
+    `parts` has what one rank of each stage owns, if several ranks run the model. The bytes are those that these ranks
+    read, and the time of exchanges between ranks is not counted. The stages run one step after the other, each on a
+    part of the sequences, and all stages work at the same time if there are as many sequences.
     """
-
-    slot = cache_layout(model, block_size=1, dtype=dtype, parts=parts).num_bytes("slot")
+    slots = [cache_layout(model, block_size=1, dtype=dtype, parts=own).num_bytes("slot") for own in parts]
 
     def decode(sequences: int) -> Decode:
-        read = step_bytes(model, DTYPE_BYTES[dtype], num_sequences=sequences, policy=policy, parts=parts)
-        states = 2 * sequences * slot
+        steps = min(sequences, len(parts))
+        each = -(-sequences // steps)
+        read = [step_bytes(model, DTYPE_BYTES[dtype], num_sequences=each, policy=policy, parts=own) for own in parts]
+        moved = [own + 2 * each * slot for own, slot in zip(read, slots, strict=True)]
+        one_round = max(sum(moved), steps * max(moved))
         return Decode(
             sequences=sequences,
-            step_bytes=read,
-            state_bytes=states,
-            limit=None if bandwidth is None else bandwidth / (read + states) * sequences,
+            step_bytes=sum(read),
+            state_bytes=2 * each * sum(slots),
+            limit=None if bandwidth is None else bandwidth / one_round * sequences,
             measured=measured.get(sequences),
         )
 

@@ -15,26 +15,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jamba_server.engine.cache.layout import CacheLayout
-from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.model_cache import wanted_layout
-from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.parallel.costs import Exchanges, exchanges
-from jamba_server.engine.parallel.shards import Parts
-from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.contents import StoredModel, conversions, read_plan
 from jamba_server.engine.start.machine import available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import (
     DEFAULT_BATCHED_TOKENS,
     MemoryPlan,
     activation_bytes,
-    plan_memory,
     usable_bytes,
 )
-from jamba_server.engine.start.rank_options import check_options, shard_of
-from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes
+from jamba_server.engine.start.rank_options import num_ranks
+from jamba_server.engine.weight_sizes import policy_of
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.decode_limit import (
     DTYPE_BYTES,
@@ -43,6 +36,13 @@ from jamba_server.server.cli.decode_limit import (
     describe_decode,
     find_bandwidth,
     read_bench,
+)
+from jamba_server.server.cli.plan_stages import (
+    StageReport,
+    describe_stages,
+    plans_or_refusal,
+    shares,
+    stage_reports,
 )
 from jamba_server.server.cli.settings import Model, with_options
 from jamba_server.server.cli.terminal import describe_weights
@@ -69,6 +69,8 @@ SIZES = (
     "enable_prefix_caching",
     "tensor_parallel_size",
     "tensor_parallel_exact",
+    "pipeline_parallel_size",
+    "device_map",
 )
 Memory = Annotated[
     str | None,
@@ -114,8 +116,9 @@ class Cell:
 class Report:
     """The memory that a model needs on a device. The server is allowed to use `memory_bytes` of the device's memory.
 
-    If several ranks run the model, the sizes are those of the rank that needs most of them, on a device of its own, and
-    `exchanges` counts what ranks exchange in a decode step.
+    If several ranks run the model, the sizes are those of the rank that needs most of them, on a device of its own.
+    `stages` has the sizes of each stage, and `exchanges` counts what the ranks of a stage exchange in a decode step,
+    for the stage that sends most.
 
     The field `plan` says how the server would divide that memory. If the server would not start, `plan` is None and
     `refusal` gives the reason.
@@ -126,6 +129,7 @@ class Report:
     architecture: str
     parameters: int
     ranks: int
+    stages: tuple[StageReport, ...]
     exchanges: Exchanges
     dtype: str
     quantization: Quantization | None
@@ -184,23 +188,23 @@ def make_report(
     memory that is free on this machine is used; if `bandwidth` is None, the bandwidth of a CPU is measured. `measured`
     maps a number of running sequences to measured tokens per second. Raises ConfigError for a text that is not a size.
     """
-    model, ranks = stored.config, engine.tensor_parallel_size
+    model, ranks = stored.config, num_ranks(engine)
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization, ranks)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = policy_of(engine, model)
-    parts = largest_parts(model, engine, policy)
-    weights = rank_weight_bytes(model, DTYPE_BYTES[dtype], parts=parts, policy=policy)
-    layout = wanted_layout(model, engine, parts)
-    spec = CacheSpec.of(layout)
+    owned = shares(model, engine, policy, DTYPE_BYTES[dtype])
+    parts = [own.parts for own in owned]
     speed = find_bandwidth(device, bandwidth, engine.threads)
-    result, refusal = plan_or_refusal(model, engine, layout, weights, available, device)
+    plans, refusal = plans_or_refusal(model, engine, owned, available, device)
+    result = None if plans is None else max(plans, key=lambda plan: plan.total_bytes)
     wanted = engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
     batched = wanted if result is None else result.max_num_batched_tokens
 
     def cell(context: int, sequences: int) -> Cell:
         activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
         fixed = result.graph_bytes + result.table_bytes if result else 0
-        total = weights + activations + fixed + sequences * spec.sequence_bytes(context)
+        most = max(own.weight_bytes + sequences * own.spec.sequence_bytes(context) for own in owned)
+        total = most + activations + fixed
         return Cell(context=context, sequences=sequences, bytes=total, fits=total <= available)
 
     longest = min(engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
@@ -210,44 +214,23 @@ def make_report(
         architecture=model.architecture,
         parameters=model.num_parameters(),
         ranks=ranks,
-        exchanges=exchanges(model, parts.shard, DTYPE_BYTES[dtype]),
+        stages=stage_reports(model, owned, plans, DTYPE_BYTES[dtype]),
+        exchanges=max((exchanges(model, own, DTYPE_BYTES[dtype]) for own in parts), key=lambda sent: sent.bytes_alone),
         dtype=dtype,
         quantization=policy.quantization,
         quantize_mamba=policy.mamba,
         device=device,
         memory_bytes=available,
-        weight_bytes=weights,
+        weight_bytes=max(own.weight_bytes for own in owned),
         bandwidth=speed,
         decode=decode_limits(model, dtype, policy, bandwidth=speed, measured=measured, parts=parts),
-        kv_bytes_per_token=spec.kv_bytes_per_token,
-        state_bytes_per_sequence=spec.bytes_per_slot,
-        bytes_per_saved_state=spec.bytes_per_saved_state,
+        kv_bytes_per_token=max(own.spec.kv_bytes_per_token for own in owned),
+        state_bytes_per_sequence=max(own.spec.bytes_per_slot for own in owned),
+        bytes_per_saved_state=max(own.spec.bytes_per_saved_state for own in owned),
         table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
         plan=result,
         refusal=refusal,
         warnings=stored.warnings + conversions(model, policy, dtype),
-    )
-
-
-def plan_or_refusal(
-    model: JambaConfig, engine: EngineConfig, layout: CacheLayout, weight_size: int, available: int, device: str
-) -> tuple[MemoryPlan | None, str | None]:
-    """Returns the memory plan for weights of `weight_size` bytes on a device that has `available` bytes, or the reason
-    why the server would not start."""
-    try:
-        plan = plan_memory(model, engine, layout, weight_bytes=weight_size, available_bytes=available, device=device)
-    except ConfigError as error:
-        return None, str(error)
-    return plan, None
-
-
-def largest_parts(model: JambaConfig, engine: EngineConfig, policy: QuantizationPolicy) -> Parts:
-    """Returns what the rank owns that has most weights. Raises ConfigError if the model cannot be divided."""
-    check_options(engine)
-    shards = [shard_of(engine, rank) for rank in range(engine.tensor_parallel_size)]
-    return max(
-        (Parts.of(model, shard, policy) for shard in shards),
-        key=lambda own: rank_weight_bytes(model, 1, parts=own, policy=policy),
     )
 
 
@@ -324,12 +307,28 @@ def describe_ranks(report: Report) -> list[str]:
     """Returns the lines about several ranks, or no lines if there is one."""
     if report.ranks == 1:
         return []
-    sent = report.exchanges
     return [
-        f"ranks                   {report.ranks}; all sizes below are those of one rank and its device",
-        f"exchanges               {sent.count} in a step; a rank sends {sent.bytes_alone:,} bytes for one sequence "
-        f"and {sent.bytes_among_many:,} for each of many",
+        f"ranks                   {report.ranks}; all sizes below are those of one rank and its device"
+        + (", and without a stage the largest" if len(report.stages) > 1 else ""),
+        *describe_stages(report.stages),
+        *describe_exchanges(report),
     ]
+
+
+def describe_exchanges(report: Report) -> list[str]:
+    """Returns the lines about what ranks send to each other."""
+    sent, onward = report.exchanges, report.stages[0].bytes_to_next_stage
+    lines: list[str] = []
+    if sent.count:
+        lines.append(
+            f"exchanges               {sent.count} in a step; a rank sends {sent.bytes_alone:,} bytes for one sequence "
+            f"and {sent.bytes_among_many:,} for each of many"
+        )
+    if onward:
+        lines.append(
+            f"between stages          a rank sends {onward:,} bytes to the next stage for each token of a step"
+        )
+    return lines
 
 
 def table(report: Report) -> Table:

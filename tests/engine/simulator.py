@@ -8,6 +8,7 @@ harm.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from random import Random
@@ -51,12 +52,16 @@ def saved_states(store: StateStore, slots: dict[int, int]) -> dict[int, int]:
 
 class Simulator:
     """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one, and so do
-    compressed slots. `ahead`: a step is run before the scheduler has seen the tokens of the one before."""
+    compressed slots. `ahead`: a step is run before the scheduler has seen the tokens of the one before. With several
+    `stages`, so many steps are run before the scheduler sees the tokens of the first of them."""
 
-    def __init__(self, scheduler: Scheduler, *, ahead: bool = False, second: float = 1.0, model: int = 0) -> None:
+    def __init__(
+        self, scheduler: Scheduler, *, ahead: bool = False, second: float = 1.0, model: int = 0, stages: int = 1
+    ) -> None:
         self.model = model  # another model has other pages and states for the same text
         self.scheduler, self.ahead, self.second = scheduler, ahead, second  # what the clock moves by in a step
-        self.under_way: tuple[SchedulerOutput, list[ChunkResult]] | None = None
+        self.under_way: deque[tuple[SchedulerOutput, list[ChunkResult]]] = deque()
+        self.stages = stages
         self.chosen: dict[Sequence, list[int]] = {}  # tokens of steps that the scheduler has not seen
         self.num_ahead = 0
         self.block_size = scheduler.cache.block_size
@@ -70,24 +75,26 @@ class Simulator:
         self.num_saves = 0
         self.num_tail_hits = 0
         self.num_saved = 0
+        self.num_only_copies = 0
 
     def step(self, choose: Callable[[Chunk], int]) -> list[TokenUpdate]:
         self.time += self.second
-        updates = self.take() if self.scheduler.must_wait() else []
+        updates = self.take() if self.stages == 1 and self.scheduler.must_wait() else []
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
         results: list[ChunkResult] = []
-        if output.chunks:  # else nothing is launched
+        if output.chunks or output.copies:  # else nothing is launched
+            self.num_only_copies += not output.chunks
             self.copy(output.copies)
             results = [self.run(chunk, choose) for chunk in output.chunks]
             self.scheduler.advance(output)
+            self.under_way.append((output, results))
         self.check_integrity()
-        updates += self.take()
-        self.under_way = (output, results) if output.chunks else None
         for chunk, result in zip(output.chunks, results, strict=True):
             if result.token_ids:
                 self.chosen.setdefault(chunk.sequence, []).extend(result.token_ids)
-        return updates if self.ahead else self.take()
+        most = max(self.ahead, self.stages - 1) if output.chunks else 0
+        return updates + (self.take() if len(self.under_way) > most else [])
 
     def fail(self, choose: Callable[[Chunk], int], *, advances: bool) -> None:
         """A step that has run when it fails, and whatever is under way with it; what it wrote is spoilt."""
@@ -108,15 +115,15 @@ class Simulator:
             if advances:
                 self.scheduler.advance(output)
         self.scheduler.discard()
-        self.under_way, self.chosen = None, {}
+        self.under_way.clear()
+        self.chosen = {}
         self.check_integrity()
 
     def take(self) -> list[TokenUpdate]:
-        """The scheduler sees the step under way, if there is one."""
-        if self.under_way is None:
+        """The scheduler sees the oldest step under way, if there is one."""
+        if not self.under_way:
             return []
-        output, results = self.under_way
-        self.under_way = None
+        output, results = self.under_way.popleft()
         for chunk, result in zip(output.chunks, results, strict=True):
             for token_id in result.token_ids:
                 assert self.chosen[chunk.sequence].pop(0) == token_id
@@ -220,6 +227,7 @@ class Simulator:
         tokens = [*seq.tokens, *self.chosen.get(seq, ())]
         assert chunk.start == seq.num_computed < chunk.end <= len(tokens)
         assert len(tokens) == len(seq.tokens) + seq.num_pending
+        assert self.stages == 1 or not seq.num_pending, "a stage does not know the tokens of the steps after it"
         if chunk.is_ahead:
             self.num_ahead += 1
             assert chunk.is_decode and not seq.counts_tokens, "a token that is not known would be counted or saved"
@@ -291,6 +299,7 @@ def make_scheduler(
     num_slots: int = 16,
     num_compressed: int = 0,
     store: StateStore | None = None,
+    num_stages: int = 1,
     **sizes: int,
 ) -> Scheduler:
     """`sizes` are the cache's."""
@@ -304,6 +313,7 @@ def make_scheduler(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         eos_token_ids=(),
+        num_stages=num_stages,
     )
 
 

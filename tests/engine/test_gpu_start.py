@@ -14,6 +14,7 @@ import torch
 from jamba_server.engine.cache.graph_sizes import GraphKey
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.model_cache import cache_layout
+from jamba_server.engine.parallel.pipe import Pipe
 from jamba_server.engine.start import build
 from jamba_server.engine.start.build import Loaded, capture, dummy_steps, make_runner
 from jamba_server.engine.start.memory_plan import plan_memory
@@ -47,7 +48,7 @@ def test_the_runner_of_a_gpu_has_graphs_tables_and_a_ladder(
     monkeypatch.setattr(build, "why_no_graphs", lambda names, device: None)
     old, config = llm.core.model_runner, EngineConfig(model=str(tmp_path), async_scheduling=ahead, **settings)
     layout = cache_layout(old.model.config, block_size=16, dtype="bfloat16")
-    parts = old.model, old.sampler, old.masks, old.kernels
+    parts = old.model, Pipe(old.model.parts.stage), old.sampler, old.masks, old.kernels
     device: Any = OnGpu("cpu")
     loaded = Loaded(*parts, policy=None, dtype=torch.bfloat16, layout=layout, device=device)  # pyright: ignore[reportArgumentType]
     plan = plan_memory(old.model.config, config, layout, weight_bytes=1, available_bytes=1 << 29, device="cuda")

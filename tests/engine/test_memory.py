@@ -12,6 +12,7 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.parallel.pipe import Pipe
 from jamba_server.engine.quantization import UNQUANTIZED
 from jamba_server.engine.scheduler import SchedulerOutput
 from jamba_server.engine.start.build import Loaded, available_bytes, dummy_steps, gathered_tokens, measure_steps
@@ -124,6 +125,7 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     layout = cache_layout(runner.model.config, block_size=16, dtype="float32")
     loaded = Loaded(
         runner.model,
+        Pipe(runner.model.parts.stage),
         runner.sampler,
         runner.masks,
         runner.kernels,

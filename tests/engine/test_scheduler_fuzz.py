@@ -19,7 +19,7 @@ NUM_REQUESTS = 30
 EOS = 5  # in no prompt
 
 
-def some_scheduler(random: Random, kind: str) -> Scheduler:
+def some_scheduler(random: Random, kind: str, stages: int) -> Scheduler:
     block_size = random.choice((1, 2, 4, 8))
     num_pages = random.randint(24 // block_size + 8, 200 // block_size + 30)
     max_len = min((num_pages - 2) * block_size, 60)
@@ -37,16 +37,17 @@ def some_scheduler(random: Random, kind: str) -> Scheduler:
         max_num_batched_tokens=random.randint(1, 30),
         max_model_len=max_len,
         caching=random.random() < 0.9 or kind != "slots",
+        num_stages=stages,
     )
 
 
-def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
+def run(seed: int, kind: str, *, ahead: bool, stages: int = 1) -> Counter[str]:
     random = Random(seed)
-    scheduler = some_scheduler(random, kind)
+    scheduler = some_scheduler(random, kind, stages)
     max_len = scheduler.max_model_len
     scheduler.eos_token_ids = frozenset({EOS})
     scheduler.joining.min_saved = random.choice((1, 8, 64))
-    simulator, checks = Simulator(scheduler, ahead=ahead), CacheChecks(scheduler)
+    simulator, checks = Simulator(scheduler, ahead=ahead, stages=stages), CacheChecks(scheduler)
     stems = [[random.randrange(5) for _ in range(random.randint(1, max_len))] for _ in range(4)]
     requests = [random_request(random, i, stems, max_len) for i in range(NUM_REQUESTS)]
     fresh, left = list(requests), {r.id: r for r in requests}
@@ -116,6 +117,7 @@ def what_happened(simulator: Simulator, checks: CacheChecks) -> Counter[str]:
         joined=stats.num_joined_total,
         pins=checks.num_pins,
         evicted_pins=checks.num_evicted_pins,
+        only_copies=simulator.num_only_copies,
     )
 
 
@@ -146,6 +148,20 @@ def test_random_work(kind: str, first: int, ahead: bool) -> None:
     for seed in range(first, first + 50):
         total += run(seed, kind, ahead=ahead)
     assert (total.pop("ahead", 0) > 0) == ahead
+    check_events(total)
+
+
+def test_random_work_of_several_stages() -> None:
+    total: Counter[str] = Counter()
+    for kind, stages in (("slots", 2), ("slots", 4), ("compressed", 3)):
+        for seed in range(20):
+            total += run(100 * stages + seed, kind, ahead=False, stages=stages)
+    assert "ahead" not in total
+    assert total["only_copies"] > 0, "no step had copies for sequences that had to make room at once"
+    check_events(total)
+
+
+def check_events(total: Counter[str]) -> None:
     for event in (
         "hits",
         "preemptions",

@@ -60,7 +60,7 @@ def test_stacked_matrices_keep_their_formats_triton(linear: Linear) -> None:
 def test_a_narrow_product_with_a_quantised_weight_adds_its_sections_in_one_order_triton(
     linear: Linear, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jamba_server.kernels.triton import narrow
+    from jamba_server.kernels.triton import sections
 
     inputs = 1100  # three sections
     weight, x = weight_of(name, 33, inputs), random(18, inputs, dtype=torch.bfloat16)
@@ -69,7 +69,7 @@ def test_a_narrow_product_with_a_quantised_weight_adds_its_sections_in_one_order
     expected = x.double() @ weight.dequantized().double().T
     assert (separately.double() - expected).abs().max() < 0.01 * expected.abs().max()
     assert_same(linear(x[4:5], packed), separately[4:5])
-    monkeypatch.setattr(narrow, "MANY_ROWS", 17)  # From this number of rows on, one program adds all sections.
+    monkeypatch.setattr(sections, "MANY_ROWS", 17)  # From this number of rows on, one program adds all sections.
     assert_same(linear(x, packed), separately)
 
 
@@ -99,9 +99,9 @@ def test_a_decode_step_with_quantised_projections_has_the_bits_of_its_parts_trit
     x_proj: str, dt_proj: str, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 288 channels x_proj is computed in two sections."""
-    from jamba_server.kernels.triton import narrow
+    from jamba_server.kernels.triton import sections
 
-    monkeypatch.setattr(narrow, "SECTION", 256)
+    monkeypatch.setattr(sections, "SECTION", 256)
     kernels = select("cuda", {"all": "triton"})
     states, rank, rows, dtype = 8, 18, 3, torch.bfloat16
     weights = make_weights(channels, states, rank, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.core import EngineCore
-from jamba_server.engine.parallel.group import Group
+from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.process.lockstep import FollowingInbox, LeadingInbox
 from jamba_server.engine.process.ranks import StepInputs, checksum
 from jamba_server.engine.start.build import build_engine
-from jamba_server.engine.start.rank_options import shard_of
+from jamba_server.engine.start.parallel import Joined
+from jamba_server.engine.start.rank_options import num_ranks, stages_of
 from jamba_server.engine.types import Request, Submit, TokenUpdate
 from tests.engine.parallel.ranks import CPU, TIMEOUT
 
@@ -27,16 +29,19 @@ Queue = SimpleQueue[Submit | StepInputs | None]
 @contextmanager
 def running(config: EngineConfig) -> Generator[EngineCore]:
     """Context manager: the engine of rank 0, while the threads of the other ranks follow it."""
-    size = config.tensor_parallel_size
+    size = num_ranks(config)
     if size == 1:
         yield build_engine(config)
         return
     store, failures = HashStore(), list[BaseException]()
+    stages = stages_of(config, load_model_config(Path(config.model)))
+    cores: list[EngineCore] = []  # a rank that has ended must not close connections of which others still read
     queues: list[Queue] = [SimpleQueue() for _ in range(1, size)]
 
     def follow(rank: int, queue: Queue) -> None:
         try:
-            core = build_engine(config, group=Group.join(shard_of(config, rank), store, CPU, TIMEOUT))
+            core = build_engine(config, joined=Joined.meet(config, stages, rank, store, CPU, TIMEOUT))
+            cores.append(core)
             core.inbox = inbox = FollowingInbox(core.inbox.compiler)
             results = 0
             while (message := queue.get()) is not None:
@@ -57,7 +62,7 @@ def running(config: EngineConfig) -> Generator[EngineCore]:
     ]
     for thread in threads:
         thread.start()
-    core = build_engine(config, group=Group.join(shard_of(config, 0), store, CPU, TIMEOUT))
+    core = build_engine(config, joined=Joined.meet(config, stages, 0, store, CPU, TIMEOUT))
 
     def send(message: Submit | StepInputs) -> None:
         for queue in queues:

@@ -1,4 +1,4 @@
-"""An engine of two processes: it answers as one process does, also after one of them was killed."""
+"""An engine of several processes: it answers as one process does, also after one of them was killed."""
 
 from __future__ import annotations
 
@@ -76,6 +76,24 @@ async def test_any_process_is_killed_under_load(config: EngineConfig) -> None:
         assert not {*before} & {*processes(engine)}, "all ranks are started again"
         await all_end(before)
     assert engine.supervision.restarts["signal"] == 2
+    last = processes(engine)
+    await engine.close()
+    await all_end(last)
+
+
+async def test_any_stage_is_killed_under_load(config: EngineConfig) -> None:
+    with running(config) as core:
+        expected = {name: reply.content for name, reply in replies(core, REQUESTS).items()}
+    engine = EngineClient(msgspec.structs.replace(config, pipeline_parallel_size=3))
+    info = await engine.start()
+    assert (info.tensor_parallel_size, info.pipeline_parallel_size) == (1, 3)
+    for victim in (1, 2):
+        before = processes(engine)
+        assert len(before) == 3
+        assert await answers(engine, victim) == expected
+        assert not {*before} & {*processes(engine)}, "all ranks are started again"
+        await all_end(before)
+    assert {why: count for why, count in engine.supervision.restarts.items() if count} == {"signal": 2}
     last = processes(engine)
     await engine.close()
     await all_end(last)
