@@ -24,7 +24,9 @@ from tests.engine.parallel.ranks import CPU, on_ranks
 from tests.engine.test_exact import CONFIG
 from tests.tiny import TINY_CONFIGS, oracle_logits, save_tiny
 
-IDS = [(7 * i * i + 3 * i + 1) % 64 for i in range(24)]
+# With these tokens, no router has two experts with nearly equal logits, of which another order of summation may choose
+# the other one.
+IDS = [(9 * i * i + 5 * i + 2) % 64 for i in range(24)]
 FED_AT_ONCE = 19
 
 

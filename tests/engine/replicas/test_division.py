@@ -57,7 +57,12 @@ def test_memory_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tensor_parallel_size", 2), ("state_cache_host_bytes", 1), ("state_cache_disk_path", "/nowhere")],
+    [
+        ("tensor_parallel_size", 2),
+        ("pipeline_parallel_size", 2),
+        ("state_cache_host_bytes", 1),
+        ("state_cache_disk_path", "/nowhere"),
+    ],
 )
 def test_what_does_not_work_together_is_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{name} {value!r} does not work with data_parallel_size 2"):
