@@ -157,7 +157,7 @@ private:
         alignas(LINE) std::atomic<uint64_t> gate{0};
         alignas(LINE) std::atomic<int64_t> next{0};
         int64_t end = 0;
-        alignas(LINE) int64_t index = 0, node = 0, threads = 0, first_worker = 0, workers = 0;
+        alignas(LINE) int64_t index = 0, node = 0, threads = 0, first_thread = 0, first_worker = 0, workers = 0;
     };
 
     struct alignas(LINE) Worker {
@@ -227,7 +227,10 @@ private:
             int64_t first = 0, size = n, threads = all, earlier = before;
             if (first_of_node) {
                 first = first_of_node[group.node], size = first_of_node[group.node + 1] - first;
-                threads = threads_of_node_[group.node], earlier = before - threads_before_node_[group.node];
+                // The groups need not be in the order of their threads: that of the caller comes first if not all threads
+                // take part.
+                threads = threads_of_node_[group.node];
+                earlier = group.first_thread - threads_before_node_[group.node];
             }
             const int64_t pieces = (size + grain - 1) / grain, end = pieces * (earlier + group.threads) / threads;
             group.next.store(first + pieces * earlier / threads * grain, std::memory_order_relaxed);
@@ -404,7 +407,7 @@ private:
                 const int64_t first = threads_before_node_[node] + own * i / groups;
                 group.threads = threads_before_node_[node] + own * (i + 1) / groups - first;
                 group.index = count_, group.node = node, group.workers = group.threads - (first == 0);
-                group.first_worker = first - (first > 0);
+                group.first_thread = first, group.first_worker = first - (first > 0);
             }
         }
         order_ = static_cast<int64_t*>(allocate(count_ * count_ * int64_t(sizeof(int64_t))));
