@@ -130,8 +130,9 @@ class DummySteps:
             reply = self._chunk(self._sequence(2), 1, 2)
             for count in _powers_of_two(self.max_num_seqs):
                 yield self._output([reply] * count)
-            # This step has a decode at row 0 of the batch, so the prompt begins at another row.
-            yield self._output([reply, *self.prompts(2, 2)])
+            # These steps have a decode at row 0 of the batch, so the prompt begins at another row.
+            for tokens in _powers_of_two(self.max_num_batched_tokens):
+                yield self._output([reply, *self.prompts(tokens, self._max_model_len)])
         for tokens in _powers_of_two(self.max_num_batched_tokens):
             yield self._output(self.prompts(tokens, self._max_model_len))
         for count in _powers_of_two(self.max_num_seqs):

@@ -83,7 +83,10 @@ async def test_latencies_have_exemplars(traced: Bench) -> None:
         for sample in family.samples
         if sample.exemplar is not None
     }
-    names = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
+    names = (
+        *("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time"),
+        "request_time_per_output_token",
+    )
     assert found == {f"jamba_{name}_seconds_bucket": TRACE for name in names}
     assert "trace_id" not in plain
 
