@@ -26,7 +26,7 @@ from jamba_server.kernels.triton.launch import cdiv, follow, jit, next_power_of_
 
 BLOCK = 4096  # The number of logits that a program of the kernel `best_kernel` or `draw_kernel` reads.
 # The number of logits that a program of the kernel `cut_kernel` reads at a time, and its number of warps.
-CUT_BLOCK, CUT_WARPS = 8192, 16
+CUT_BLOCK, CUT_WARPS = 4096, 16
 CANDIDATES = 2048  # The largest number of tokens among which the kernel `cut_kernel` searches without further passes.
 # A number larger than the integer key of every score. The function `key_of` computes the keys.
 END = tl.constexpr(0x7F800001)
