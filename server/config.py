@@ -253,7 +253,7 @@ class ServerConfig:
         ),
     ] = None
     max_step_ms: Annotated[
-        Count | None, Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "40")
+        Count | None, Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "24")
     ] = None
     kv_cache_dtype: Annotated[
         KvCacheDtype, Help("memory", "Number format of KV pages; auto is --dtype, fp8 needs half the memory")

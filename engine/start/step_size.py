@@ -28,10 +28,11 @@ from jamba_server.kernels.ops import (
     StateSaves,
 )
 
-DEFAULT_STEP_MS: Final = 40
-"""A step of this time keeps the first token of a short request within three times its time without other load, plus one
-step, beside prompts of 30,000 tokens. With 150 ms a long prompt is 7 % faster, and short requests wait three times as
-long (benchmarks/results/latency.md)."""
+DEFAULT_STEP_MS: Final = 24
+"""The time is that of a step whose prompt has few tokens before it. Behind 30,000 tokens, attention makes a step
+several times as long. With 24 ms the first token of a short request comes within three times its time without other
+load, plus one step, beside prompts of 30,000 tokens (benchmarks/results/latency-amx.md). With 40 ms it comes 1.6 times
+as late, and a long prompt is a tenth faster."""
 SMALLEST, LARGEST = 32, 512
 """The range of the numbers of prompt tokens that are chosen, and the distance between them. Steps of fewer tokens would
 read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens than in steps of 128,
