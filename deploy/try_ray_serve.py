@@ -70,15 +70,17 @@ def check(what: str, fact: bool, shown: object = "") -> None:
         sys.exit(1)
 
 
-def main() -> None:
-    # By this variable the program recognises its own servers.
-    environment = {MARK: str(os.getpid())}
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": environment})
-    serve.start(http_options={"host": "127.0.0.1", "port": 8199})
-    serve.run(build({"min_replicas": 2, "max_replicas": 2, "options": "--threads 1"}))
-    say(f"ray {ray.__version__} with replicas {sorted(servers().values())}")
-    check("two replicas", len(servers()) == 2)
+def clients(number: int) -> list[int]:
+    """Returns the statuses of `number` chats, eight of them at a time."""
 
+    def one(i: int) -> int:
+        return chat([{"role": "user", "content": f"{i}: Tell me a story."}], max_tokens=64).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, range(number)))
+
+
+def try_chats() -> None:
     with httpx.stream(
         "POST",
         f"{URL}/v1/chat/completions",
@@ -97,17 +99,11 @@ def main() -> None:
         messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
         cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
     check("the turns of a conversation find their prefix", min(cached[1:]) > 0, f"cached tokens {cached}")
-
-    def clients(number: int) -> list[int]:
-        def one(i: int) -> int:
-            return chat([{"role": "user", "content": f"{i}: Tell me a story."}], max_tokens=64).status_code
-
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(one, range(number)))
-
     check("24 chats of 8 clients", clients(24) == [200] * 24)
     check("an error is passed on", httpx.get(f"{URL}/v1/nothing", timeout=PATIENCE).status_code == 404)
 
+
+def try_a_kill() -> None:
     before = servers()
     victim = sorted(before.values())[0]
     say(f"killing replica {victim}")
@@ -118,6 +114,8 @@ def main() -> None:
     until("there are two replicas again", lambda: len(servers()) == 2 and victim not in servers().values())
     until("8 chats of 8 clients", lambda: clients(8) == [200] * 8)
 
+
+def try_scaling() -> None:
     # A model for two sequences at a time, so that most of 16 chats wait.
     serve.run(build({"min_replicas": 1, "max_replicas": 2, "options": "--threads 1 --max-num-seqs 2"}))
     until("there is one replica", lambda: len(servers()) == 1)
@@ -131,6 +129,18 @@ def main() -> None:
         until("a replica is added while chats wait", lambda: len(servers()) == 2)
         check("all of them are answered", [reply.result().status_code for reply in waiting] == [200] * 16)
 
+
+def main() -> None:
+    # By this variable the program recognises its own servers.
+    environment = {MARK: str(os.getpid())}
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": environment})
+    serve.start(http_options={"host": "127.0.0.1", "port": 8199})
+    serve.run(build({"min_replicas": 2, "max_replicas": 2, "options": "--threads 1"}))
+    say(f"ray {ray.__version__} with replicas {sorted(servers().values())}")
+    check("two replicas", len(servers()) == 2)
+    try_chats()
+    try_a_kill()
+    try_scaling()
     serve.shutdown()
     until("after the stop no server is left", lambda: not servers())
     ray.shutdown()

@@ -28,10 +28,12 @@ from benchmarks.gpu.predict import Ceilings
 from benchmarks.gpu.targets import Target
 
 MULTIPROCESSORS: Final = 132
-CLOCK: Final = 1.755e9  # cycles a second
-SHARED_BYTES: Final = 227 << 10  # of a multiprocessor, for programs
-REGISTERS: Final = 65536  # of a multiprocessor
-L2_BYTES: Final = 40e6  # of 50 MB, what rows of x may occupy
+# The clock rate is in hertz. A multiprocessor has so many bytes of shared memory, and so many registers, for programs.
+CLOCK: Final = 1.755e9
+SHARED_BYTES: Final = 227 << 10
+REGISTERS: Final = 65536
+# The rows of x may occupy so many bytes of the L2 cache, which has 50 MB.
+L2_BYTES: Final = 40e6
 L2_RATE: Final = 5.5e12  # bytes a second, of all multiprocessors
 L2_RATE_EACH: Final = 64 * CLOCK  # bytes a second, of one multiprocessor
 LATENCY: Final = 0.75e-6  # seconds from the request of bytes of memory under load until they are there
@@ -198,7 +200,7 @@ class Prediction:
         return self.programs / MULTIPROCESSORS
 
 
-# The bytes of a number in memory, with its share of the scales.
+# Each weight takes so many bytes in memory. Its share of the scales is included.
 WEIGHT_BYTES: Final = {None: 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.53, "int4-g32": 0.5625}
 
 
