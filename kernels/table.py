@@ -178,8 +178,8 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 
-LEVEL_OPS: Final = ("linear", "run_experts")
-"""The ops that multiply by packed weights. All of them use the same instruction set, so that they agree in their bits.
+LEVEL_OPS: Final = ("linear", "run_experts", "attention_prefill", "attention_decode")
+"""The ops that multiply matrices. All of them use the same instruction set, so that they agree in their bits.
 
 The implementation "cpu" of these ops can be held to one instruction set ("linear=cpu:avx2").
 """
@@ -295,7 +295,7 @@ def _split_level(requested: Mapping[str, str]) -> tuple[Mapping[str, str], str |
         if op != "linear" or implementation != "cpu":
             raise KernelError(
                 f"kernels: {op}={name} asks for a level; only linear=cpu:LEVEL may, and the level then holds for "
-                f"{' and '.join(LEVEL_OPS)}"
+                f"{', '.join(LEVEL_OPS)}"
             )
         plain[op], level = implementation, wanted
     return plain, level

@@ -28,7 +28,7 @@ TEMPLATE = (
 )
 # More clients take turns than the server has slots, so that a chat does not find its slot as it left it.
 OPTIONS = BenchOptions(
-    workload="multi-turn", turns=4, input_len=8, output_len=8, num_prompts=4, num_warmups=0, concurrency="4"
+    workload="multi-turn", turns=8, input_len=60, output_len=60, num_prompts=8, num_warmups=0, concurrency="4"
 )
 
 

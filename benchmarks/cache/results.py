@@ -41,8 +41,10 @@ its {steps} steps, {seconds:.0f} s. Least squares over these steps give {step:.1
 for a prompt token and {decode:.1f} ms for a sequence that decodes. The simulation beside it uses these times.
 """
 CHATS = """
-`jamba bench --workload multi-turn` over HTTP, one server after the other, with the same GGUF file (F16) of the shape
-`small` and {slots} sequences at a time. llama.cpp {version}, with its default checkpoints and its default cache in RAM.
+`jamba bench --workload multi-turn` over HTTP, one server after the other, with the same GGUF file (F16), which `jamba
+convert` has made of the demonstration checkpoint, and {slots} sequences at a time. 8 chats of 8 turns with 60 words and 60
+reply tokens, of which 4 go on at the same time. llama.cpp {version}, with its default checkpoints and its default cache in
+RAM.
 """
 
 

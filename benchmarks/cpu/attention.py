@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.shapes import matmul_rate, median_seconds, read_bandwidth
 from jamba_server.kernels.cpu.attention import AttentionDecode, AttentionPrefill
-from jamba_server.kernels.cpu.library import library
+from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.ops import Pages
 
 STORAGE_BYTES = 512 << 20
@@ -86,9 +86,12 @@ def main() -> None:
     parser.add_argument("--contexts", default="1024,4096,16384", help="lengths of the sequences, in tokens")
     parser.add_argument("--sequences", default="1,8", help="numbers of sequences in a decode step")
     parser.add_argument("--in-order", action="store_true", help="store a sequence's pages one after the other")
+    parser.add_argument("--level", choices=LEVELS, help="instruction set to use instead of the best available one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     library().set_threads(arguments.threads)
+    if arguments.level:
+        library().set_level(arguments.level)
     peaks = read_bandwidth(), matmul_rate()
     print(f"{library().level()}, {arguments.threads} threads, {peaks[0] / 1e9:.1f} GB/s, {peaks[1] / 1e12:.2f} TFLOP/s")
     for heads in HEADS:

@@ -49,6 +49,7 @@ ALLOWED = 1.3  # the most that the TTFT of the tenth turn may be, as a multiple 
 FIRST_ID, LAST_ID = 300, 1_000  # token ids of prompts, which all shapes have
 BURST, REQUESTS = 8, 3  # clients of a burst, and requests of each of them
 TICKS = os.sysconf("SC_CLK_TCK")  # units of processor time in a second
+STEP = 192  # prompt tokens of a step; without it the two servers might choose different numbers
 START_SECONDS = 300.0
 
 
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=24, help="0 leaves this part out")
     options = parser.parse_args(arguments)
     with model_of(options.shape) as model, tempfile.TemporaryDirectory() as folder:
-        flags = [*model, "--max-model-len", "16384", "--max-num-seqs", "8"]
+        flags = [*model, "--max-model-len", "16384", "--max-num-seqs", "8", "--max-num-batched-tokens", str(STEP)]
         tier = ["--state-cache-disk-path", str(Path(folder) / "cache")]
         with server([*flags, *tier]) as disk:
             chats = asyncio.run(measure_chats(disk, options.chats)) if options.chats else None

@@ -1,8 +1,9 @@
 """SegmentFolder: the files of the disk tier. Works without torch.
 
 Each model and configuration has a folder below the given one, named after its fingerprint, and each segment a file
-named after its key. A file is written under another name, synchronised with the disk and renamed, so that it is either
-complete or not there. Several servers may use a folder at the same time without locks: whoever writes a segment that is
+named after its key. A file is written under another name and renamed, so that it is either complete or not there,
+whenever a server is killed. About once a second, all new files are synchronised with the disk together, which costs much
+less than one by one. A file that was cut off by a loss of power before that is found by its hashes. Several servers may use a folder at the same time without locks: whoever writes a segment that is
 there already leaves it as it is, and an open file stays readable after another server has deleted it.
 """
 
@@ -34,6 +35,7 @@ UNFINISHED: Final = ".part"
 ABANDONED_SECONDS: Final = 600.0
 LONGEST_HEADER: Final = 8192  # bytes
 _CLOCK_STEP_NS: Final = 100_000_000
+_MOST_OPEN: Final = 32  # files that are not synchronised yet
 
 
 class OtherParent(BadSegment):
@@ -136,7 +138,9 @@ class SegmentFolder:
         self.usage = Usage(0, 0)
         self._known: set[str] = set()  # names that the last scan has found, whether they can be used or not
         self._scanned = 0  # modification time of the folder at the last scan, in nanoseconds
-        self._is_synchronised = True  # whether all renamings are durable
+        self._new: dict[bytes, int] = {}  # the keys of files that are not synchronised yet, with their descriptors
+        self._tag = secrets.token_hex(4)  # tells apart the temporary names of several folder objects of a process
+        self._number = 0  # how many temporary names were given
 
     def open(self) -> None:
         """Creates the folder, which only its owner can read. Raises OSError."""
@@ -177,7 +181,8 @@ class SegmentFolder:
 
     def unfinished(self, key: bytes) -> Path:
         """Returns a new temporary name for a file, which `collect` deletes if its writer is killed."""
-        return self.path / f"{key.hex()[:16]}-{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}"
+        self._number += 1
+        return self.path / f"{key.hex()[:16]}-{os.getpid()}-{self._tag}-{self._number}{UNFINISHED}"
 
     def _header(self, path: Path) -> Header:
         with opened(path) as file:
@@ -219,22 +224,23 @@ class SegmentFolder:
         is there, which cannot be used, is replaced. The file outlives the process from now on, and a loss of power
         after the next call of `synchronise`. Raises OSError."""
         path = self.path_of(segment.key)
-        if not replace and path.exists():
+        if not replace and os.path.lexists(path):
             return 0
+        if len(self._new) >= _MOST_OPEN:
+            self.synchronise()
         unfinished = self.unfinished(segment.key)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                written = write_segment(descriptor, segment, self.layout, self.fingerprint, int(time.time()))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            written = write_segment(descriptor, segment, self.layout, self.fingerprint, int(time.time()))
             os.rename(unfinished, path)
         except BaseException:
+            os.close(descriptor)
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
-        self._is_synchronised = False
+        if (earlier := self._new.pop(segment.key, None)) is not None:
+            os.close(earlier)
+        self._new[segment.key] = descriptor
         self._known.add(path.name)
         self.usage = Usage(self.usage.num_bytes + written, self.usage.num_files + 1)
         return written
@@ -247,15 +253,28 @@ class SegmentFolder:
             with contextlib.suppress(OSError):
                 os.utime(self.path_of(key), ns=(now + 1000 * number, now + 1000 * number))
 
-    def synchronise(self) -> None:
-        """Makes the names of all files that were written durable. This costs as much as a third of writing a file, so
-        it is done for several files together."""
-        if self._is_synchronised:
-            return
-        self._is_synchronised = True
-        with contextlib.suppress(OSError):  # some network file systems refuse it for folders
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+    def synchronise(self) -> list[bytes]:
+        """Makes all files that were written durable, and their names. A file that the system cannot write to the disk is
+        deleted. Returns the keys of deleted files."""
+        new, self._new = self._new, {}
+        lost: list[bytes] = []
+        for key, descriptor in new.items():
             try:
                 os.fsync(descriptor)
+            except OSError:
+                lost.append(key)
+                with contextlib.suppress(OSError):
+                    self.path_of(key).unlink()
             finally:
                 os.close(descriptor)
+        if new:
+            with contextlib.suppress(OSError):  # some network file systems refuse it for folders
+                self._synchronise_names()
+        return lost
+
+    def _synchronise_names(self) -> None:
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

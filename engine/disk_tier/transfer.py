@@ -68,7 +68,8 @@ class Arrivals:
         segment = self._rekeyed(segment)
         self.folder.reserve(segment)
         self.num_written += self.folder.write(segment) > 0
-        self.folder.synchronise()
+        if self.folder.synchronise():
+            raise OSError("the system could not write it to the disk")
         self._last = segment.entry
 
     def _rekeyed(self, segment: Segment) -> Segment:

@@ -113,8 +113,7 @@ class Worker:
             except queue.Empty:
                 work = self._scan
             if work is None:
-                if self._folder is not None:
-                    self._folder.synchronise()
+                self._synchronise()
                 return
             try:
                 work(self._folder)
@@ -139,7 +138,7 @@ class Worker:
         self._scanned = time.monotonic()
         if folder is None:
             return
-        folder.synchronise()
+        self._synchronise()
         try:
             found, gone = folder.scan(self._report)
         except OSError as error:
@@ -153,6 +152,11 @@ class Worker:
             self._post(Lost(tuple(gone)))
         if found or gone:
             self._post(Occupied(*folder.usage))
+
+    def _synchronise(self) -> None:
+        if self._folder is not None and (lost := self._folder.synchronise()):
+            logger.warning("%d new segments could not be written to %s, and are deleted", len(lost), self._folder.path)
+            self._post(Lost(tuple(lost)))
 
     def _report(self, path: Path, error: BadSegment) -> None:
         logger.warning("%s is ignored (%s): %s", path, error.reason, error)

@@ -42,8 +42,10 @@ MIN_PAGES = 3  # the dummy page 0, one page for a sequence, and one page as the 
 # because other programs need memory, too. There, each running sequence is counted with CPU_TOKENS_PER_SEQUENCE tokens,
 # an average context length, instead of the longest context length. Each running sequence is also counted with one saved
 # state for each point where conversations branch or end: after the system prompt, before the last user message, at the
-# end of the prompt, and at the end of the answer.
+# end of the prompt, and at the end of the answer. A server that runs few sequences at a time may still have many
+# conversations in turn, so at least CPU_CONVERSATIONS sequences are counted.
 PREFIX_CACHE_FACTOR = 2
+CPU_CONVERSATIONS = 16
 CPU_TOKENS_PER_SEQUENCE = 1024
 CPU_SAVED_STATES_PER_SEQUENCE = 4
 # Activations may use this fraction of the memory that the weights do not use. If the activations need more,
@@ -311,7 +313,7 @@ class _Planner:
             share = min(share, explicit_kv // 3)
         count = _units(share, size)
         if self.device == "cpu":
-            count = min(count, CPU_SAVED_STATES_PER_SEQUENCE * max_num_seqs)
+            count = min(count, CPU_SAVED_STATES_PER_SEQUENCE * max(max_num_seqs, CPU_CONVERSATIONS))
         return max(count, MIN_SAVED_STATES)
 
     def _pages(self, room: int, max_num_seqs: int, max_model_len: int) -> int:
@@ -323,8 +325,9 @@ class _Planner:
             return _units(fits, spec.bytes_per_page)
         running = max_num_seqs * spec.pages(max_model_len)
         if self.device == "cpu":
-            average = spec.pages(CPU_TOKENS_PER_SEQUENCE)
-            running = min(running, max(max_num_seqs * average, spec.pages(max_model_len)))
+            average, longest = spec.pages(CPU_TOKENS_PER_SEQUENCE), spec.pages(max_model_len)
+            conversations = max(max_num_seqs, CPU_CONVERSATIONS)
+            running = min(conversations * longest, max(conversations * average, longest))
         return min(_units(room, spec.bytes_per_page), 1 + PREFIX_CACHE_FACTOR * running)
 
 

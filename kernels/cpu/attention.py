@@ -7,13 +7,17 @@ from torch import Tensor
 
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.cpu.arguments import units, whole
-from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
+from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, level_number, library
 from jamba_server.kernels.ops import Pages
 
 
 class _Attention:
-    def __init__(self) -> None:
-        arguments = (*[POINTER] * 4, *[INT] * 10, *[POINTER] * 3, INT, INT, FLOAT)
+    """Uses the instruction set `level`, or the library's if `level` is None. Raises KernelUnavailable if the CPU lacks
+    `level`."""
+
+    def __init__(self, level: str | None = None) -> None:
+        self._level = level_number(level)
+        arguments = (*[POINTER] * 4, *[INT] * 10, *[POINTER] * 3, INT, INT, INT, FLOAT)
         self._run = library().function("attention", *arguments)
 
     def _call(self, q: Tensor, pages: Pages, query_start: Tensor | None, scale: float) -> Tensor:
@@ -39,6 +43,7 @@ class _Attention:
             None if query_start is None else query_start.data_ptr(),
             pages.max_context_len,
             DTYPES[q.dtype],
+            self._level,
             scale,
         )
         return out

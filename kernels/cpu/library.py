@@ -28,7 +28,7 @@ sets can also run the code for all earlier ones of the same processors. `portabl
 """
 
 EMULATED, NEON_EMULATED = "amx-emulated", "neon_bf16-emulated"
-"""The levels at which matrix products of bfloat16 compute in other instructions what `amx` and `neon_bf16` compute.
+"""The levels at which matrix products, and attention, of bfloat16 compute in other instructions what `amx` and `neon_bf16` compute.
 They are for tests."""
 
 ALL_LEVELS = (*LEVELS, EMULATED, NEON_EMULATED)
@@ -129,7 +129,7 @@ class Library:
     def set_level(self, level: str) -> None:
         """Makes the library use the instruction set `level`, for tests. Raises ValueError if the CPU lacks `level`.
 
-        With an emulated level, kernels that are not matrix products use the machine's highest instruction set.
+        With an emulated level, kernels other than matrix products and attention use the machine's highest instruction set.
         """
         wanted = self.number(level)
         self.function("set_level", INT, result=INT)(wanted)
@@ -204,6 +204,18 @@ class Library:
         start = time.perf_counter()
         meet(times)
         return (time.perf_counter() - start) / times
+
+
+def level_number(level: str | None) -> int:
+    """Returns the number of the instruction set that an op was asked to use, or -1, for the library's, if it is None.
+
+    Raises KernelUnavailable if there is no such instruction set or if the CPU lacks it.
+    """
+    native = library()
+    try:
+        return -1 if level is None else native.number(level)
+    except ValueError as error:
+        raise KernelUnavailable(str(error)) from error
 
 
 PREFETCH_DISTANCES = (0, 512, 1024, 2048, 4096, 8192, 16384)

@@ -12,8 +12,8 @@ from torch import Tensor
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.formats import Description, describe
-from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
-from jamba_server.kernels.ops import KernelUnavailable, QuantizedWeight, StackedWeight, Weight
+from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, level_number, library
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
 
@@ -67,11 +67,7 @@ class Packer:
     """
 
     def __init__(self, level: str | None = None) -> None:
-        native = library()
-        try:
-            self.level = -1 if level is None else native.number(level)
-        except ValueError as error:
-            raise KernelUnavailable(str(error)) from error
+        native, self.level = library(), level_number(level)
         self._packed_bytes = native.function("packed_bytes", INT, INT, INT, result=INT)
         self._packed_quantized_bytes = native.function("packed_quantized_bytes", POINTER, result=INT)
         self._native, self._place = native, native.function("place_memory", POINTER, INT, INT)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.cpu.attention import AttentionDecode, AttentionPrefill
 from jamba_server.kernels.cpu.library import EMULATED, Library, library
 from jamba_server.kernels.cpu.linear import Linear
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.table import KernelError, select
+from tests.kernels import test_attention
 from tests.kernels.cases import LEVELS, assert_same, random
 
 SMALLEST = 2.0**-126  # the smallest float32 that is not subnormal
@@ -95,6 +97,35 @@ def test_the_extension_has_the_bits_of_its_emulation() -> None:
     emulation = Linear(level=EMULATED)
     for x, weight in cases():
         assert_same(linear(x, linear.pack(weight)), emulation(x, emulation.pack(weight)))
+
+
+def attended(level: str) -> list[Tensor]:
+    """Attention of 90 tokens after 600 others, with heads of 40 elements, and that of the last token alone."""
+    k, v = test_attention.keys_and_values(690, 2, 40, torch.bfloat16)
+    q = random(90, 6, 40, dtype=torch.bfloat16, seed=9)
+    pages = test_attention.paged([(k, v)], 16)
+    prefill, decode = AttentionPrefill(level), AttentionDecode(level)
+    return [prefill(q, pages, test_attention.query_start([90]), 90, 0.3), decode(q[-1:], pages, 0.3)]
+
+
+def test_attention_has_the_bits_of_the_emulation() -> None:
+    """The emulation's vectors must be as wide as those of AVX-512, because softmax weights are added lane by lane."""
+    try:
+        found = attended("amx")
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+    for actual, expected in zip(found, attended(EMULATED), strict=True):
+        assert_same(actual, expected)
+    assert_same(found[0][-1:], found[1])
+
+
+def test_a_level_is_forced_for_attention() -> None:
+    kernels = select("cpu", {"linear": f"cpu:{EMULATED}"})
+    k, v = test_attention.keys_and_values(70, 1, 32, torch.bfloat16)
+    q, pages = random(1, 4, 32, dtype=torch.bfloat16, seed=9), test_attention.paged([(k, v)], 16)
+    emulated, portable = (AttentionDecode(level)(q, pages, 0.3) for level in (EMULATED, LEVELS[0]))
+    assert_same(kernels.attention_decode(q, pages, 0.3), emulated)
+    assert not torch.equal(emulated, portable)
 
 
 def test_a_level_is_forced_for_linear_and_experts_together() -> None:

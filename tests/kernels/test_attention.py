@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.cpu.library import EMULATED, library
 from jamba_server.kernels.ops import AttentionDecode, AttentionPrefill, Pages
 from tests.kernels import oracle
 from tests.kernels.cases import (
@@ -49,9 +50,16 @@ def keys_and_values(context: int, kv_heads: int, size: int, dtype: torch.dtype, 
     return k, v
 
 
+def rounds_weights(attention: AttentionPrefill | AttentionDecode, dtype: torch.dtype) -> bool:
+    """Whether the softmax's weights are multiplied in dtype, as transformers' product does: on tensor cores, and with
+    AMX."""
+    module = getattr(attention, "__module__", "")
+    tiles = "kernels.cpu" in module and dtype == torch.bfloat16 and library().level() in ("amx", EMULATED)
+    return tiles or "triton" in module
+
+
 def slack(attention: AttentionPrefill | AttentionDecode, dtype: torch.dtype) -> float:
-    """Tensor cores take the softmax's weights in dtype, as transformers' product does."""
-    return 1e-5 + (HALF_ULP[dtype] if "triton" in getattr(attention, "__module__", "") else 0.0)
+    return 1e-5 + (HALF_ULP[dtype] if rounds_weights(attention, dtype) else 0.0)
 
 
 def query_start(lengths: Sequence[int]) -> Tensor:

@@ -38,6 +38,7 @@ using namespace avx512;
 #include "amx_tiles.inl"
 #include "amx.inl"
 #include "amx_work.inl"
+#include "amx_tiles_end.inl"
 #undef DOT_PRODUCTS
 #undef LEVEL_AVX512
 #undef LEVEL_AMX

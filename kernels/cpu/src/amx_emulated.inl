@@ -6,4 +6,5 @@ namespace emulated {
 #include "amx_tiles.inl"
 #include "amx.inl"
 #include "amx_work.inl"
+#include "amx_tiles_end.inl"
 }

@@ -169,9 +169,3 @@ inline void mix_experts(const Experts<bf16>& e) {
     if (e.sums) return add_sums<bf16>(e, order, static_cast<const float*>(outputs));
     add_outputs(e, order, static_cast<const bf16*>(outputs));
 }
-
-#undef TILE_ZERO
-#undef TILE_INPUTS_WRITTEN
-#undef TILE_LOAD
-#undef TILE_STORE
-#undef TILE_PRODUCT

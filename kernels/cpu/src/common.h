@@ -60,8 +60,8 @@
 // `neon` is in every such processor of ARM. `neon_dot` also has the dot product of bytes (SDOT), and `neon_bf16` has the
 // matrix products of bf16 (BFMMLA) and of bytes (SMMLA).
 //
-// The last values are no instruction sets. With `amx_emulated`, matrix products of bf16 compute in other instructions
-// what `amx` computes, and with `neon_bf16_emulated` what `neon_bf16` computes, for tests.
+// The last values are no instruction sets. With `amx_emulated`, products of bf16 with weights, and attention, compute in
+// other instructions what `amx` computes, and with `neon_bf16_emulated` what `neon_bf16` computes, for tests.
 enum class Level : int64_t {
     portable,
     avx2,
@@ -75,9 +75,9 @@ enum class Level : int64_t {
     neon_bf16_emulated
 };
 INLINE bool is_emulated(Level level) { return level >= Level::amx_emulated; }
-// Returns the instruction set of all kernels but the matrix products. It is never an emulated one.
+// Returns the instruction set of all kernels but the matrix products and attention. It is never an emulated one.
 Level level();
-// Returns the instruction set of the matrix products whose weights name none.
+// Returns the instruction set of attention, and of the matrix products whose weights name none, unless a call names one.
 Level product_level();
 
 // These functions note that the calling thread uses the tiles of AMX, and release the thread's tiles if it used them.

@@ -116,13 +116,8 @@ struct Reader<Table4> {
 };
 #else
 using Weight = Vec;  // A vector has one element along K for each of its columns.
-typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
+#include "lanes.inl"
 
-INLINE Lanes read_lanes(const char* p) {
-    Lanes x;
-    std::memcpy(&x, p, sizeof(x));
-    return x;
-}
 // Reads WIDTH signed bytes and returns their values, one per lane.
 INLINE Lanes read_bytes(const char* p) {
 #if defined(LEVEL_AVX512)

@@ -35,6 +35,7 @@ enum class Shift : int64_t { none, offset, zero };
 constexpr int64_t INT4_PAIRS = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class T>
 constexpr int64_t PAIR_BYTES = PANEL * 2 * sizeof(T);
 template <class T>

@@ -72,9 +72,10 @@ INLINE Vec log(Vec x) {
 // Returns ln(1 + e^x). For x above 20 the result is x, because ln(1 + e^x) rounds to x in float32.
 INLINE Vec softplus(Vec x) {
     // The variable y is e^x, and the variable u is 1 + y rounded to float32. The term (y - (u - 1)) / u corrects the
-    // rounding error of u, which matters if y is small.
+    // rounding error of u, which matters if y is small. The error is so small that a line is exact enough for 1 / u.
     const Vec y = exp(min(set(20.0f), x)), u = set(1.0f) + y;
-    const Vec small = log(u) + (y - (u - set(1.0f))) / u;
+    const Vec inverse = max(set(0.0f), fma(u, set(-0.5f), set(1.5f)));
+    const Vec small = fma(y - (u - set(1.0f)), inverse, log(u));
     return where_greater(x, set(20.0f), x, small);
 }
 

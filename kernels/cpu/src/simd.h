@@ -61,7 +61,10 @@ INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
 // Splits x into m * 2^e with m in [0.75, 1.5). x must be positive and not subnormal.
 INLINE void split(Vec x, Vec& m, Vec& e) {
     m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
-    e = _mm512_getexp_ps(x / m);
+    // A mantissa of at least 1.5 was halved.
+    const __mmask16 halved = _mm512_cmp_ps_mask(m, set(1.0f), _CMP_LT_OQ);
+    const Vec exponent = _mm512_getexp_ps(x);
+    e = _mm512_mask_add_ps(exponent, halved, exponent, set(1.0f));
 }
 #include "math.inl"
 }  // namespace avx512
