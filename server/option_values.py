@@ -15,6 +15,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 UnknownFields = Literal["ignore", "reject"]
 MetricsNames = Literal["jamba", "vllm"]
+Role = Literal["both", "prefill", "decode"]
 ToolCallParser = Literal["auto", "jamba", "hermes", "none"]
 ReasoningParser = Literal["auto", "none"]
 
