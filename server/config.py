@@ -43,6 +43,7 @@ from jamba_server.server.option_values import (
     Share,
     ToolCallParser,
     UnknownFields,
+    is_http_url,
 )
 from jamba_server.server.options import Help, Option, options_of
 
@@ -429,8 +430,8 @@ class ServerConfig:
                 "prefill_url go together."
             )
         for url in self.prefill_url:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"prefill_url is {url!r}; it must begin with http:// or https://.")
+            if not is_http_url(url):
+                raise ConfigError(f"prefill_url is {url!r}; it must be like http://host:8000 or https://host.")
         if self.role == "prefill" and self.data_dir is not None:
             raise ConfigError("data_dir is for stored responses and batches, which a server of role 'prefill' has not.")
 

@@ -7,7 +7,7 @@ All servers run on this machine. Three arrangements get the same prompts:
 
 * *alone, 1 thread*: one server with one thread;
 * *alone, 2 threads*: one server with as many threads as the two servers of the third arrangement together;
-* *two servers*: a prefill and a decode server with one thread each, and a folder each.
+* *two servers*: a prefill and a decode server with one thread each, and a folder each, in memory (/dev/shm).
 
 A hand-over is measured twice. The first time the prefill server has to compute the prompt. The second time it has
 computed the prompt before, so what is left is the transfer: the list of segments, their files over HTTP, the check, the
@@ -99,7 +99,7 @@ async def gaps(http: httpx.AsyncClient, url: str, prompt: list[int]) -> list[flo
         async for line in reply.aiter_lines():
             if line.startswith("data: {") and '"token_ids":[' in line:
                 times.append(time.perf_counter())
-    return [later - earlier for earlier, later in pairwise(times)]
+    return [round(later - earlier, 6) for earlier, later in pairwise(times)]
 
 
 async def measure_stream(urls: dict[str, str], number: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prompts", type=int, default=7, help="hand-overs to measure")
     parser.add_argument("--streams", type=int, default=3, help="streams to measure in each arrangement")
     options = parser.parse_args(arguments)
-    with model_of(options.shape) as model, tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    with model_of(options.shape) as model, tempfile.TemporaryDirectory(dir="/dev/shm") as name, ExitStack() as stack:
         flags, folder = [*model, "--max-model-len", "4096", "--max-num-seqs", "8"], Path(name)
 
         def start(threads: int, *more: str) -> Server:

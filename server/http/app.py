@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request
@@ -38,7 +39,6 @@ from jamba_server.server.http.openapi import App
 from jamba_server.server.http.page.files import ChatPage
 from jamba_server.server.http.prefill.counts import HandOverCollector
 from jamba_server.server.http.prefill.engine import DecodeEngine
-from jamba_server.server.http.prefill.hand_overs import HandOvers
 from jamba_server.server.http.prefill.tier import TierFolder
 from jamba_server.server.http.replica_metrics import ReplicaCollector
 from jamba_server.server.http.routes import (
@@ -74,6 +74,9 @@ from jamba_server.server.text.grammars.builder import grammar_builder
 from jamba_server.server.text.reply_style import find_reply_style
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
+
+if TYPE_CHECKING:
+    from jamba_server.server.http.prefill.hand_overs import HandOvers
 
 # Web pages of other origins may read these headers of replies.
 SHOWN_HEADERS = ("X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After", STREAM_ID)
@@ -119,7 +122,7 @@ def create_app(
     """
     assert config.served_model_name, "the caller names the model"
     tier = TierFolder(config, engine)
-    hand_overs = HandOvers(config, engine, tier) if config.role == "decode" else None
+    hand_overs = _open_hand_overs(config, engine, tier) if config.role == "decode" else None
     services = Services(
         config=config,
         engine=engine if hand_overs is None else DecodeEngine(engine, hand_overs),
@@ -163,6 +166,13 @@ def create_app(
     app.state.lifecycle = services.lifecycle
     _add_routes(app, PREFILL_ROUTERS if config.role == "prefill" else ROUTERS)
     return app
+
+
+def _open_hand_overs(config: ServerConfig, engine: Engine, tier: TierFolder) -> HandOvers:
+    # It imports httpx, which takes a tenth of a second.
+    from jamba_server.server.http.prefill.hand_overs import HandOvers
+
+    return HandOvers(config, engine, tier)
 
 
 def _register_metrics(services: Services, engine: Engine) -> None:

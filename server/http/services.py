@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, TypeVar, Unpack, cast
 
 import anyio
 import anyio.to_thread
@@ -29,7 +29,6 @@ from jamba_server.server.http.limits.turns import Turns, client_of
 from jamba_server.server.http.limits.waiting import Admission, WaitingTokens
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.page.files import ChatPage
-from jamba_server.server.http.prefill.hand_overs import HandOvers
 from jamba_server.server.http.prefill.tier import TierFolder
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.http.streams.registry import KeptStreams
@@ -41,6 +40,9 @@ from jamba_server.server.text.rendering.process import NUM_PROCESSES
 from jamba_server.server.text.reply_style import ReplyStyle
 from jamba_server.server.text.template_messages import text_bytes
 from jamba_server.server.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jamba_server.server.http.prefill.hand_overs import HandOvers
 
 T = TypeVar("T")
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jamba_server.engine.process.client import Engine, Health, SupervisionStats, UpdateStream
 from jamba_server.engine.types import EngineInfo, EngineStats, Request, StoredSegment
-from jamba_server.server.http.prefill.hand_overs import HandOvers
+
+if TYPE_CHECKING:
+    from jamba_server.server.http.prefill.hand_overs import HandOvers
 
 
 @dataclass(frozen=True, slots=True)

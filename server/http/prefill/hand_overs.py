@@ -41,7 +41,8 @@ THREADS: Final = 2  # that look segments up, and that check them
 class HandOver:
     """One prompt on its way. `keys` are those of the tokens that a prefill server computes, and `prefixes` those by
     which the server is chosen. `deadline` is in seconds of the event loop's clock. `server` is the one that is asked
-    now, `arrived` are the segments that are in this server's folder, and `num_bytes` have come over HTTP."""
+    now, or None. `arrived` are the segments that are in this server's folder, of which `num_bytes` have come over HTTP.
+    """
 
     request: Request
     folder: SegmentFolder
@@ -184,7 +185,9 @@ class HandOvers:
         missing = {entry: size for entry, size in sizes.items() if entry not in there}
         if (total := sum(missing.values())) > (limit := self.in_flight.limit):
             raise HandOverFailed("too_large", f"it has {total} bytes, and --prefill-max-bytes is {limit}")
+        hand_over.server = None  # the server is not to blame for a wait for other hand-overs
         async with self.in_flight.taken(total):
+            hand_over.server = server
             for entry, size in missing.items():
                 await self._fetch(hand_over, server, entry, size)
         return "received" if missing else "found"

@@ -29,8 +29,6 @@ MAX_REPLY_BYTES: Final = 1 << 22
 FIRST_REST: Final = 1.0
 LONGEST_REST: Final = 60.0
 _MAX_MESSAGE: Final = 300  # characters that the log shows of another server's error message
-
-
 # What the request itself is the reason for: another request may succeed at the same server.
 _OF_REQUEST: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
@@ -52,16 +50,19 @@ class HandOverFailed(Exception):
 class PrefillServer:
     """One prefill server. `prompt_tokens` are those of the prompts that it computes for this server now."""
 
-    def __init__(self, url: str, api_key: str | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.url = url
-        # A given transport keeps httpx from using a proxy of the environment.
-        transport = httpx.AsyncHTTPTransport(
-            verify=url.startswith("https:"), limits=httpx.Limits(keepalive_expiry=IDLE_SECONDS)
-        )
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._http = httpx.AsyncClient(
             base_url=url,
-            transport=transport,
+            transport=transport or _transport(url),
             headers=headers,
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # the caller limits the time of the whole hand-over
             trust_env=False,
@@ -78,6 +79,9 @@ class PrefillServer:
         return self._clock() < self._rests_until
 
     def failed(self) -> None:
+        """Lets the server rest. Requests that fail together, because they were sent before it rested, count once."""
+        if self.rests:
+            return
         self._rests_until = self._clock() + min(FIRST_REST * 2**self._num_failures, LONGEST_REST)
         self._num_failures = min(self._num_failures + 1, 30)
 
@@ -137,6 +141,12 @@ class PrefillServer:
                 yield reply
         except httpx.HTTPError as error:
             raise HandOverFailed("unreachable", str(error) or type(error).__name__) from None
+
+
+def _transport(url: str) -> httpx.AsyncBaseTransport:
+    """Returns connections that use no proxy of the environment, because a transport is given to httpx."""
+    limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
+    return httpx.AsyncHTTPTransport(verify=url.startswith("https:"), limits=limits)
 
 
 async def _whole(reply: httpx.Response) -> bytes:

@@ -90,7 +90,11 @@ URL = ("http://a:1",)
         ({"role": "decode", "state_cache_disk_path": "/x"}, "prefill_url is empty"),
         ({"prefill_url": URL}, "role is 'both' and prefill_url is http://a:1"),
         ({"role": "prefill", "state_cache_disk_path": "/x", "prefill_url": URL}, "go together"),
-        ({"role": "decode", "state_cache_disk_path": "/x", "prefill_url": ("a:1",)}, "begin with http"),
+        ({"role": "decode", "state_cache_disk_path": "/x", "prefill_url": ("a:1",)}, "must be like http"),
+        ({"role": "decode", "state_cache_disk_path": "/x", "prefill_url": ("http://",)}, "must be like http"),
+        ({"role": "decode", "state_cache_disk_path": "/x", "prefill_url": ("http://a:x",)}, "must be like http"),
+        ({"role": "decode", "state_cache_disk_path": "/x", "prefill_url": ("http://[::1",)}, "must be like http"),
+        ({"role": "decode", "state_cache_disk_path": "/x", "prefill_url": ("http://a/?b",)}, "must be like http"),
         ({"role": "prefill", "state_cache_disk_path": "/x", "data_dir": "/y"}, "data_dir"),
     ],
 )
