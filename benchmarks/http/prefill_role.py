@@ -180,12 +180,12 @@ def report(name: str, shape: str, found: dict[str, Any], single: dict[str, Any],
     body += f"{PROMPT:,} tokens, in milliseconds. {len(next(iter(streams.values()))['busy'])} gaps for each row.\n\n"
     lines: list[tuple[object, ...]] = []
     for arrangement, figures in streams.items():
-        busy = [1000 * quantile(figures["busy"], share) for share in (0.5, 0.95, 0.99, 1)]
+        busy = [1000 * quantile(figures["busy"], share) for share in (0.5, 0.95, 0.99)]
         quiet = 1000 * quantile(figures["quiet"], 0.5)
         lines.append(
             (arrangement, *(f"{value:.1f}" for value in (quiet, *busy)), f"{statistics.median(figures['ttft']):.2f} s")
         )
-    header = ("", "without prompts, p50", "p50", "p95", "p99", "largest", "TTFT of the prompts")
+    header = ("", "without prompts, p50", "p50", "p95", "p99", "TTFT of the prompts")
     body += table(header, lines)
     title = f"A prefill and a decode server beside one server alone; shape `{shape}`, random weights."
     write_results(name, title, found, {"hand_over": single, "streams": streams}, body, verdicts)

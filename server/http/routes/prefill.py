@@ -40,9 +40,8 @@ from jamba_server.server.http.unknown_fields import settle_unknown_fields
 router = APIRouter(prefix="/v1/prefill", tags=["prefill"])
 
 _NO_REPLY: Final = SamplingParams(max_tokens=0)
-# How long a request waits until its segments are on the disk, and how often it looks.
-WRITE_SECONDS: Final = 30.0
-_LOOK_SECONDS: Final = 0.005
+WRITE_SECONDS: Final = 30.0  # how long a request waits until its segments are on the disk
+_LOOK_SECONDS: Final = 0.005  # time between two looks for them
 
 
 @router.post("", response_model=PrefillReply, responses=ERRORS)
