@@ -39,6 +39,7 @@ from jamba_server.engine.disk_tier.folder import files_in, opened
 from jamba_server.engine.disk_tier.format import read_header
 
 PROMPT, REPLY, CLIENTS = 2_000, 200, 4
+BUDGET = 256  # prompt tokens of a step, the same for all servers
 ALONE, BOTH_CORES, PAIR = "alone, 1 thread", "alone, 2 threads", "two servers"
 
 
@@ -140,6 +141,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     with model_of(options.shape) as model, tempfile.TemporaryDirectory(dir="/dev/shm") as name, ExitStack() as stack:
         flags, folder = [*model, "--max-model-len", "4096", "--max-num-seqs", "8"], Path(name)
+        flags += ["--max-num-batched-tokens", str(BUDGET)]
 
         def start(threads: int, *more: str) -> Server:
             return stack.enter_context(server([*flags, "--threads", str(threads), *more]))

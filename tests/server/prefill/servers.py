@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -91,6 +92,14 @@ def long_text(name: str, words: int = 60) -> str:
     return f"{name}: " + " ".join(f"once upon a time there was a dog {number}" for number in range(words // 8))
 
 
+@contextmanager
+def nobody() -> Generator[str]:
+    """The address of a port at which no server listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
 Change = Callable[[bytes], bytes]
 
 
@@ -115,7 +124,11 @@ class Between:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = self.target.removeprefix("http://").split(":")
-        upstream, upward = await asyncio.open_connection(host, int(port))
+        try:
+            upstream, upward = await asyncio.open_connection(host, int(port))
+        except OSError:  # the server was killed
+            writer.close()
+            return
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await asyncio.gather(self._requests(reader, upward), self._replies(upstream, writer))
         for end in (writer, upward):

@@ -4,6 +4,7 @@ counted."""
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ from tests.server.prefill.servers import (
     Served,
     decode_config,
     long_text,
+    nobody,
     prefill_config,
     served,
     start,
@@ -94,7 +96,6 @@ async def test_a_damaged_segment(pair: Pair) -> None:
     between = Between(pair.prefill.url, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     async with between.served(), pair.decode(between.url) as server:
         await check(server, long_text("damaged"), "damaged")
-        await check(server, long_text("damaged again"), "resting")
     assert pair.unfinished() == []
 
 
@@ -116,16 +117,18 @@ async def test_what_came_before_the_damage_is_used(pair: Pair, monkeypatch: pyte
 
 
 async def test_a_connection_that_breaks(pair: Pair) -> None:
-    async with pair.decode("http://127.0.0.1:9") as server:  # nobody listens at the port "discard"
-        await check(server, long_text("nobody"), "unreachable")
+    with nobody() as url:
+        async with pair.decode(url) as server:
+            await check(server, long_text("nobody"), "unreachable")
 
 
 async def test_another_server_is_asked(pair: Pair) -> None:
-    async with pair.decode("http://127.0.0.1:9", pair.prefill.url) as server:
-        said, cached = await complete(server, long_text("the second"))
-        assert cached >= 48
-        assert await server.results() == {"received": 1}
-        assert said == (await complete(server, long_text("the second"), cache={"read": False}))[0]
+    with nobody() as url:
+        async with pair.decode(url, pair.prefill.url) as server:
+            said, cached = await complete(server, long_text("the second"))
+            assert cached >= 48
+            assert await server.results() == {"received": 1}
+            assert said == (await complete(server, long_text("the second"), cache={"read": False}))[0]
 
 
 async def test_a_server_that_never_answers(pair: Pair) -> None:
@@ -206,7 +209,7 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed(pair: Pair) -> 
 async def test_a_time_limit_ends_a_hand_over(pair: Pair) -> None:
     between = Between(pair.prefill.url, holds=True)
     async with between.served(), pair.decode(between.url) as server, server.http() as http:
-        body = {"prompt": long_text("limit"), "max_tokens": 4, "timeout": 0.3}
+        body = {"prompt": long_text("limit"), "max_tokens": 4, "timeout": 1.5}
         reply = await http.post("/v1/completions", json=body)
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
         await between.left.wait()
@@ -282,7 +285,7 @@ async def test_nothing_is_lost_when_the_server_comes_back(pair: Pair, monkeypatc
     async with pair.decode(pair.prefill.url) as server:
         overs: HandOvers = server.app.state.services.hand_overs
         for peer in overs.servers:
-            peer.failed()
+            monkeypatch.setattr(peer, "_rests_until", math.inf)
         await check(server, long_text("resting"), "resting")
         for peer in overs.servers:
             monkeypatch.setattr(peer, "_rests_until", 0.0)
