@@ -324,11 +324,30 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
+class StoredSegment(msgspec.Struct, frozen=True, array_like=True):
+    """A segment in the folder of the disk tier. The fields are those of `cache.tiers.segment.Entry`."""
+
+    key: bytes
+    parent: bytes
+    base: bytes
+    last: bytes
+    start: int
+    end: int
+    num_bytes: int
+
+
+class Arrived(msgspec.Struct, frozen=True, tag=True):
+    """This message to the engine names segments that the HTTP process has put into the folder of the disk tier. A
+    request that is submitted later finds them at once, without a search of the folder."""
+
+    segments: list[StoredSegment]
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-ToEngine = Submit | Abort | Shutdown
+ToEngine = Submit | Abort | Arrived | Shutdown
 
 # Messages from the engine to the client ---------------------------------------------------------------------------
 

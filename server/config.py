@@ -38,10 +38,12 @@ from jamba_server.server.option_values import (
     Number,
     Port,
     ReasoningParser,
+    Role,
     Seconds,
     Share,
     ToolCallParser,
     UnknownFields,
+    is_http_url,
 )
 from jamba_server.server.options import Help, Option, options_of
 
@@ -307,6 +309,34 @@ class ServerConfig:
         bool, Help("memory", "Share cached prefixes among all API keys; otherwise each key has prefixes of its own")
     ] = False
     enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
+    role: Annotated[
+        Role,
+        Help(
+            "server",
+            "prefill computes prompts for decode servers, decode has long prompts computed there, both does all itself",
+        ),
+    ] = "both"
+    prefill_url: Annotated[
+        tuple[str, ...],
+        Help(
+            "server", "Address of a prefill server for --role decode, such as http://host:8000; may be repeated", "URL"
+        ),
+    ] = ()
+    prefill_api_key: Annotated[
+        str | None, Help("server", "API key that the prefill servers ask for", "KEY", "none", secret=True)
+    ] = None
+    prefill_min_tokens: Annotated[
+        Count,
+        Help(
+            "server", "Tokens that a prompt must lack in the prefix cache to be computed by a prefill server", "TOKENS"
+        ),
+    ] = 512
+    prefill_timeout: Annotated[
+        Seconds, Help("server", "Seconds after which a decode server computes a prompt itself", "SECONDS")
+    ] = 30.0
+    prefill_max_bytes: Annotated[
+        Count, Help("server", "Bytes of segments that may arrive from prefill servers at the same time", "BYTES")
+    ] = 1024**3
     data_parallel_size: Annotated[
         Count, Help("memory", "Engines with a copy of the model each, which share the requests and the machine")
     ] = 1
@@ -385,10 +415,25 @@ class ServerConfig:
             )
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with a slash and not end with one.")
+        self._check_role()
         for name in ("chat_template", "ssl_keyfile", "ssl_certfile", "api_key_file"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ConfigError(f"{name} is {path!r}; there is no such file.")
+
+    def _check_role(self) -> None:
+        if self.role != "both" and self.state_cache_disk_path is None:
+            raise ConfigError(f"role '{self.role}' needs state_cache_disk_path, the folder through which prompts pass.")
+        if (self.role == "decode") != bool(self.prefill_url):
+            raise ConfigError(
+                f"role is '{self.role}' and prefill_url is {', '.join(self.prefill_url) or 'empty'}; role 'decode' and "
+                "prefill_url go together."
+            )
+        for url in self.prefill_url:
+            if not is_http_url(url):
+                raise ConfigError(f"prefill_url is {url!r}; it must be like http://host:8000 or https://host.")
+        if self.role == "prefill" and self.data_dir is not None:
+            raise ConfigError("data_dir is for stored responses and batches, which a server of role 'prefill' has not.")
 
 
 OPTIONS: Mapping[str, Option] = {option.name: option for option in options_of(ServerConfig)}

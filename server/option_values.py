@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from msgspec import Meta
 
@@ -15,6 +16,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 UnknownFields = Literal["ignore", "reject"]
 MetricsNames = Literal["jamba", "vllm"]
+Role = Literal["both", "prefill", "decode"]
 ToolCallParser = Literal["auto", "jamba", "hermes", "none"]
 ReasoningParser = Literal["auto", "none"]
 
@@ -26,3 +28,14 @@ DTYPE_ALIASES = (
     ("fp32", "float32"),
     ("float", "float32"),
 )
+
+
+def is_http_url(text: str) -> bool:
+    """Returns whether a text is the URL of an HTTP server, perhaps with a path, but without a query and a user."""
+    try:
+        parts = urlsplit(text)
+        has_place = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number, or a bracket is missing
+        return False
+    extra = parts.query or parts.fragment or "@" in parts.netloc
+    return parts.scheme in ("http", "https") and has_place and not extra and text.isascii() and text.isprintable()

@@ -24,6 +24,8 @@ from jamba_server.server.config_sources import load_config
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.metrics import EdgeCollector
 from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.prefill.counts import HandOverCollector, HandOverCounts
+from jamba_server.server.http.prefill.in_flight import BytesInFlight
 from jamba_server.server.http.replica_metrics import ReplicaCollector
 from jamba_server.server.http.streams.metrics import StreamCollector
 from jamba_server.server.http.streams.registry import KeptStreams
@@ -55,6 +57,7 @@ def exported_names() -> set[str]:
     metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig(), EngineStats)))
     metrics.registry.register(StreamCollector("m", KeptStreams.of(ServerConfig())))
     metrics.registry.register(ReplicaCollector("m", Engines(EngineConfig(model="any"), 2)))
+    metrics.registry.register(HandOverCollector("m", HandOverCounts(), BytesInFlight(1)))
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
 

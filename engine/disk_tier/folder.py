@@ -15,7 +15,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Generator, Iterable
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -77,6 +77,11 @@ def opened(path: Path) -> Generator[BufferedReader]:
         raise BadSegment("missing", "the file is gone") from None
     except OSError as error:
         raise BadSegment("unreadable", error.strerror or str(error)) from None
+
+
+def private_file(path: Path) -> BufferedWriter:
+    """Opens a new file for writing, which only its owner can read. Raises OSError."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 
 
 def key_of(name: str) -> bytes | None:
@@ -141,6 +146,7 @@ class SegmentFolder:
         self._new: dict[bytes, int] = {}  # the keys of files that are not synchronised yet, with their descriptors
         self._tag = secrets.token_hex(4)  # tells apart the temporary names of several folder objects of a process
         self._number = 0  # how many temporary names were given
+        self._counts_found = False  # whether `usage` lacks the files that the next scan will find
 
     def open(self) -> None:
         """Creates the folder, which only its owner can read. Raises OSError."""
@@ -167,6 +173,10 @@ class SegmentFolder:
             except BadSegment as error:
                 if error.reason != "missing":
                     report(self.path / name, error)
+        if self._counts_found:  # the first scan finds what `open` has counted
+            size = sum(entry.num_bytes for entry in found)
+            self.usage = Usage(self.usage.num_bytes + size, self.usage.num_files + len(found))
+        self._counts_found = True
         # The clock of a file system has steps of some milliseconds, in which the folder may change again unnoticed.
         self._known, self._scanned = names, changed if time.time_ns() - changed > _CLOCK_STEP_NS else 0
         return found, gone
@@ -205,10 +215,10 @@ class SegmentFolder:
                 raise OtherParent(header.entry)
             return read_tensors(file, header, names.__contains__)
 
-    def reserve(self, segment: Segment) -> list[bytes]:
+    def reserve(self, entry: Entry) -> list[bytes]:
         """Makes room for a segment, if there would be more than `max_bytes`: deletes the least recently used files, of
         whichever model. Returns the keys of this model that are gone. Raises OSError."""
-        size = self._size(segment)
+        size = self.largest_file(entry.start, entry.end)
         if size > self.max_bytes:
             raise OSError(f"it has {size} bytes, and the whole tier may have {self.max_bytes} (state_cache_disk_bytes)")
         if self.usage.num_bytes + size <= self.max_bytes:
@@ -216,8 +226,9 @@ class SegmentFolder:
         self.usage, deleted = collect(self.root, self.max_bytes - size)
         return [key for path in deleted if path.parent == self.path and (key := key_of(path.name)) is not None]
 
-    def _size(self, segment: Segment) -> int:
-        return self.layout.num_bytes(segment.entry.start, segment.entry.end) + LONGEST_HEADER
+    def largest_file(self, start: int, end: int) -> int:
+        """Returns the largest size that the file of a segment with the tokens [start, end) may have, in bytes."""
+        return self.layout.num_bytes(start, end) + LONGEST_HEADER
 
     def write(self, segment: Segment, *, replace: bool = False) -> int:
         """Writes a segment, unless it is there. Returns how many bytes were written. If `replace` is true, a file that
@@ -244,6 +255,18 @@ class SegmentFolder:
         self._known.add(path.name)
         self.usage = Usage(self.usage.num_bytes + written, self.usage.num_files + 1)
         return written
+
+    def adopt(self, path: Path, entry: Entry) -> int:
+        """Gives a file below the folder, which is complete and synchronised, the name of its segment, unless there is a file of this
+        name. Returns how many bytes the folder has got. Raises OSError."""
+        target = self.path_of(entry.key)
+        if target.exists():
+            return 0
+        size = path.stat().st_size
+        os.rename(path, target)
+        self._known.add(target.name)
+        self.usage = Usage(self.usage.num_bytes + size, self.usage.num_files + 1)
+        return size
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Marks the segments of a chain as used now, the end of the conversation first. Each is marked as used a little

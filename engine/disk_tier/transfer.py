@@ -27,13 +27,13 @@ def find_chain(folder: SegmentFolder, tokens: Sequence[int], salt: str) -> list[
         found += [end for end in ends if end in there]
         key = ends[-1]
     for end in reversed(found):
-        if headers := _lineage(folder, end):
+        if headers := lineage(folder, end):
             folder.touch(header.entry.key for header in reversed(headers))
             return headers
     return []
 
 
-def _lineage(folder: SegmentFolder, key: bytes) -> list[Header]:
+def lineage(folder: SegmentFolder, key: bytes) -> list[Header]:
     """Returns the headers of a segment and of all segments before it, or an empty list if one of them is missing."""
     found: list[Header] = []
     while True:
@@ -66,7 +66,7 @@ class Arrivals:
             check_layout(header, self.folder.layout, self.folder.fingerprint)
             segment = read_tensors(file, header)
         segment = self._rekeyed(segment)
-        self.folder.reserve(segment)
+        self.folder.reserve(segment.entry)
         self.num_written += self.folder.write(segment) > 0
         if self.folder.synchronise():
             raise OSError("the system could not write it to the disk")

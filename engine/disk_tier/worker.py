@@ -168,7 +168,7 @@ class Worker:
         try:
             if folder is None:
                 raise OSError("the folder could not be opened")
-            if gone := folder.reserve(segment):
+            if gone := folder.reserve(segment.entry):
                 self._post(Lost(tuple(gone)))
             written = folder.write(segment, replace=replace)
         except OSError as error:

@@ -17,6 +17,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from jamba_server.engine.cache.tiers.events import Found
+from jamba_server.engine.cache.tiers.segment import Entry
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.process.child import CLOSE_SECONDS, DISK_CLOSE_SECONDS
@@ -26,7 +30,7 @@ from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import receive
 from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.start.rank_options import check_ranks, num_ranks
-from jamba_server.engine.types import Abort, Failed, Ready, Submit, ToEngine
+from jamba_server.engine.types import Abort, Arrived, Failed, Ready, Submit, ToEngine
 
 if TYPE_CHECKING:
     from jamba_server.engine.core import Inbox
@@ -42,6 +46,8 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
                     inbox.submit(requests)
                 case Abort(request_ids):
                     inbox.abort(request_ids)
+                case Arrived(segments):
+                    inbox.post(Found(tuple(Entry(*msgspec.structs.astuple(segment)) for segment in segments)))
                 case _:
                     return
     except ConnectionResetError:

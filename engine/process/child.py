@@ -32,7 +32,7 @@ ENGINE_COMMAND = (
     "jamba_server.engine.process",
 )
 # These environment variables hold secrets. The engine process does not get them, because it does not need them.
-SECRETS = frozenset({"JAMBA_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
+SECRETS = frozenset({"JAMBA_API_KEY", "JAMBA_PREFILL_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was told to end is killed
 # A child with a disk tier gets this many seconds, in which it writes what is not on the disk yet.
 DISK_CLOSE_SECONDS = 30.0

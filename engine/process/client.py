@@ -32,10 +32,11 @@ from jamba_server.engine.process.step_times import StepHistogram, StepTimes, emp
 from jamba_server.engine.process.streams import LiveRequest, Stream
 from jamba_server.engine.process.supervisor import Supervisor
 from jamba_server.engine.process.suspects import Suspects
-from jamba_server.engine.process.tier_totals import continued
+from jamba_server.engine.process.totals import continued
 from jamba_server.engine.types import (
     Abort,
     Adding,
+    Arrived,
     EngineInfo,
     EngineStats,
     Failed,
@@ -47,6 +48,7 @@ from jamba_server.engine.types import (
     Starting,
     StepKind,
     StepResult,
+    StoredSegment,
     Submit,
     TokenUpdate,
     Working,
@@ -137,6 +139,10 @@ class Engine(Protocol):
         """Ends the pin of a request that has ended (`CacheUse.pin_seconds`), if it has not ended yet."""
         ...
 
+    def arrived(self, segments: list[StoredSegment]) -> None:
+        """Tells the engine of files that were put into the folder of its disk tier, before it searches the folder."""
+        ...
+
 
 class EngineClient:
     """Runs the engine as a child process. Kills a child process that hangs, and starts a new child process when one has
@@ -161,10 +167,9 @@ class EngineClient:
         self._on_progress = on_progress
         self._max_queue, self._name = max_queue_requests, place.name
         self._live: dict[str, LiveRequest] = {}  # holds all requests that have not ended, in the order of their arrival
-        # This dict holds the live requests that must still be sent to the present child, except those of paused
-        # streams.
+        # The live requests that must still be sent to the present child, without those of paused streams.
         self._unsent: dict[str, LiveRequest] = {}
-        # This dict holds the live requests that were sent to the present child, by the ids that they have in the child.
+        # The live requests that were sent to the present child, by the ids that they have in the child.
         self._sent: dict[str, LiveRequest] = {}
         self._info: EngineInfo | None = None
         self._health = _loading(Progress("starting the engine", 0.0))
@@ -174,8 +179,7 @@ class EngineClient:
         self._progressed = False  # says whether the present child has finished a step
         self._load_error = ""  # says why the present child cannot load the model
         self._restarts = dict.fromkeys(RESTART_REASONS, 0)
-        self._num_replayed = self._num_pauses = 0
-        self._step_times = StepTimes()
+        self._num_replayed, self._num_pauses, self._step_times = 0, 0, StepTimes()
         self._suspects, self._policy = Suspects(), RestartPolicy()
         # This event is set when the engine is ready for the first time or has failed to start.
         self._started = asyncio.Event()
@@ -349,6 +353,10 @@ class EngineClient:
         if self._health.ready and self._supervisor.child:
             self._supervisor.child.send(Abort([request_id]))  # the abort of a request also ends its pin
 
+    def arrived(self, segments: list[StoredSegment]) -> None:
+        if self._health.ready and self._supervisor.child:
+            self._supervisor.child.send(Arrived(segments))
+
     # The interface for the supervisor (class `supervisor.Owner`) ------------------------------------------------
 
     @property
@@ -440,7 +448,7 @@ class EngineClient:
         return [live for request_id in request_ids if (live := self._sent.get(request_id)) is not None]
 
     def _book(self, result: StepResult) -> None:
-        self._stats = _continue(self._base, result.stats)
+        self._stats = continued(self._base, result.stats)
         if result.time is not None:
             self._step_times.add(result.time)
         if result.stats.num_steps_total:
@@ -486,13 +494,6 @@ class EngineClient:
         self._unsent.pop(live.request.id, None)
         live.leave_engine()
         live.stream.put(error)
-
-
-def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
-    """Returns the statistics `now` of the current engine process, with the counters of all earlier engine processes
-    added to the counters in `now`. The argument `base` has the counters of all earlier engine processes."""
-    totals = {f: getattr(base, f) + getattr(now, f) for f in EngineStats.__struct_fields__ if f.endswith("_total")}
-    return msgspec.structs.replace(now, **totals, tiers=continued(base.tiers, now.tiers))
 
 
 def _loading(progress: Progress) -> Health:

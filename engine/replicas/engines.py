@@ -17,7 +17,7 @@ from jamba_server.engine.replicas.division import divide
 from jamba_server.engine.replicas.known_prefixes import prefix_keys
 from jamba_server.engine.replicas.routing import ROUTE_REASONS, Route, Router, RouteReason, Work
 from jamba_server.engine.replicas.totals import total_health, total_info, total_stats, total_supervision
-from jamba_server.engine.types import EngineInfo, EngineStats, Request
+from jamba_server.engine.types import EngineInfo, EngineStats, Request, StoredSegment
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,10 @@ class Engines:
     def unpin(self, request_id: str) -> None:
         for engine in self.members:  # the other engines do not know this id, and ignore it
             engine.unpin(request_id)
+
+    def arrived(self, segments: list[StoredSegment]) -> None:
+        for engine in self.members:
+            engine.arrived(segments)
 
     def _infos(self) -> list[EngineInfo | None]:
         return [_info(engine) for engine in self.members]

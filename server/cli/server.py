@@ -25,7 +25,7 @@ from jamba_server.engine.replicas.engines import Engines
 from jamba_server.engine.types import EngineInfo
 from jamba_server.server.cli.checkpoint import Checkpoint
 from jamba_server.server.cli.reload import Reloader, Watched
-from jamba_server.server.cli.terminal import LoadProgress, describe_engine
+from jamba_server.server.cli.terminal import LoadProgress, describe_engine, describe_role
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
@@ -134,7 +134,7 @@ class Server:
             start.cancel()
             return False
         info = start.result()
-        for line in describe_engine(info, self._defaults):
+        for line in (*describe_engine(info, self._defaults), *describe_role(self._config)):
             logger.info("%s", line)
         for warning in self._warnings(info):
             logger.warning("%s", warning)
@@ -191,6 +191,8 @@ class Server:
         host, port = address
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http{'s' if config.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        if config.role == "prefill":
+            return f"ready     listening on {url}; give this address to decode servers: --prefill-url {url}"
         chat, completion = {"messages": [{"role": "user", "content": "Hello!"}]}, {"prompt": "Hello"}
         path, body = ("v1/chat/completions", chat) if self._has_template else ("v1/completions", completion)
         if self._client.info.labels:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.types import EngineInfo
+from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,19 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"results   {describe_results(info)}",
         f"sampling  {sampling}; eos token ids {eos}",
     ]
+
+
+def describe_role(config: ServerConfig) -> list[str]:
+    """Returns a line on the server's part in handing prompts over, or none if it computes prompts and replies alone."""
+    if config.role == "prefill":
+        return ["role      prefill: this server computes prompts for decode servers, and no replies"]
+    if config.role == "decode":
+        servers = ", ".join(config.prefill_url)
+        return [
+            f"role      decode: prompts that lack at least {config.prefill_min_tokens} tokens are computed by {servers}"
+            f"; if that fails or takes {config.prefill_timeout:g} s, by this server"
+        ]
+    return []
 
 
 def describe_results(info: EngineInfo) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -36,6 +37,9 @@ from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, PROBE_PATHS, ApiKey, JsonBody, RequestContext
 from jamba_server.server.http.openapi import App
 from jamba_server.server.http.page.files import ChatPage
+from jamba_server.server.http.prefill.counts import HandOverCollector
+from jamba_server.server.http.prefill.engine import DecodeEngine
+from jamba_server.server.http.prefill.tier import TierFolder
 from jamba_server.server.http.replica_metrics import ReplicaCollector
 from jamba_server.server.http.routes import (
     batches,
@@ -49,6 +53,7 @@ from jamba_server.server.http.routes import (
     models,
     operations,
     pages,
+    prefill,
     render,
     responses,
     scoring,
@@ -69,6 +74,9 @@ from jamba_server.server.text.grammars.builder import grammar_builder
 from jamba_server.server.text.reply_style import find_reply_style
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
+
+if TYPE_CHECKING:
+    from jamba_server.server.http.prefill.hand_overs import HandOvers
 
 # Web pages of other origins may read these headers of replies.
 SHOWN_HEADERS = ("X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After", STREAM_ID)
@@ -94,6 +102,9 @@ ROUTERS = (
     pages.router,
 )
 
+# The routes of a server of role `prefill`, which has no clients but decode servers.
+PREFILL_ROUTERS = (prefill.router, models.router, tokenize.router, operations.router, pages.router)
+
 
 def create_app(
     config: ServerConfig,
@@ -110,9 +121,13 @@ def create_app(
     `config.served_model_name` must not be empty. The metrics have the first name of this list as a label.
     """
     assert config.served_model_name, "the caller names the model"
+    tier = TierFolder(config, engine)
+    hand_overs = _open_hand_overs(config, engine, tier) if config.role == "decode" else None
     services = Services(
         config=config,
-        engine=engine,
+        engine=engine if hand_overs is None else DecodeEngine(engine, hand_overs),
+        tier=tier,
+        hand_overs=hand_overs,
         tokenizer=tokenizer,
         chat_template=chat_template,
         defaults=defaults,
@@ -126,17 +141,14 @@ def create_app(
         files=FileStore(_data(config), max_bytes=config.max_file_bytes),
         batches=BatchStore(_data(config), enabled=config.max_file_bytes > 0),
         streams=KeptStreams.of(config),
-        page=ChatPage.read(config.root_path) if config.ui else None,
+        page=ChatPage.read(config.root_path) if config.ui and config.role != "prefill" else None,
         grammars=GrammarQueue(grammar_builder(tokenizer)),
         reply_style=find_reply_style(
             chat_template, tokenizer, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
         ),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
-    services.metrics.registry.register(EdgeCollector(services.metrics.model_name, services.edge))
-    services.metrics.registry.register(StreamCollector(services.metrics.model_name, services.streams))
-    if isinstance(engine, Engines):
-        services.metrics.registry.register(ReplicaCollector(services.metrics.model_name, engine))
+    _register_metrics(services, engine)
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
     app = App(
         open_paths=open_paths if config.needs_key else None,
@@ -147,14 +159,30 @@ def create_app(
         lifespan=_lifespan,
         docs_url=None,  # routes/pages.py serves /docs, because FastAPI's own page loads scripts from the internet
         redoc_url=None,
-        # The middleware removes a slash at the end of a path. FastAPI would send a redirect instead. If the server runs
-        # behind a proxy, the redirect's URL would lack the path prefix and the scheme (https) of the proxy.
+        # The middleware removes a slash at the end of a path. FastAPI's redirect would lack a proxy's prefix and TLS.
         redirect_slashes=False,
     )
     app.state.services = services
     app.state.lifecycle = services.lifecycle
-    _add_routes(app)
+    _add_routes(app, PREFILL_ROUTERS if config.role == "prefill" else ROUTERS)
     return app
+
+
+def _open_hand_overs(config: ServerConfig, engine: Engine, tier: TierFolder) -> HandOvers:
+    # It imports httpx, which takes a tenth of a second.
+    from jamba_server.server.http.prefill.hand_overs import HandOvers
+
+    return HandOvers(config, engine, tier)
+
+
+def _register_metrics(services: Services, engine: Engine) -> None:
+    name, registry, hand_overs = services.metrics.model_name, services.metrics.registry, services.hand_overs
+    registry.register(EdgeCollector(name, services.edge))
+    registry.register(StreamCollector(name, services.streams))
+    if isinstance(engine, Engines):
+        registry.register(ReplicaCollector(name, engine))
+    if hand_overs is not None:
+        registry.register(HandOverCollector(name, hand_overs.counts, hand_overs.in_flight))
 
 
 def _response_store(config: ServerConfig) -> ResponseStore:
@@ -165,8 +193,8 @@ def _data(config: ServerConfig) -> Path | None:
     return Path(config.data_dir) if config.data_dir else None
 
 
-def _add_routes(app: FastAPI) -> None:
-    for router in ROUTERS:
+def _add_routes(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    for router in routers:
         app.include_router(router)
     app.mount(ASSETS_PATH, pages.swagger_assets())
     for kind in (EngineError, RequestValidationError, HTTPException):
@@ -220,6 +248,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     runner.start()
     yield
     await runner.close()
+    if services.hand_overs is not None:
+        await services.hand_overs.close()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -244,5 +274,7 @@ def _no_such_route(request: Request, exc: HTTPException) -> HTTPException:
     if allowed == "GET":
         allowed = "GET, HEAD"  # routes for GET also answer HEAD, because the middleware turns HEAD into GET
     hint = f"this path takes {allowed}" if allowed else "/docs lists the paths that exist"
+    if not allowed and request.app.state.services.config.role == "prefill":
+        hint = f"this server computes prompts for decode servers (--role prefill); {hint}"
     detail = f"There is no {request.method} {request.url.path}; {hint}."
     return HTTPException(exc.status_code, detail, headers={"Allow": allowed} if allowed else None)

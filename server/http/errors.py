@@ -59,12 +59,16 @@ class StreamNotFound(EngineError):
 
 
 class NotStored(EngineError):
-    """A request that names a file or a batch which does not exist or belongs to another owner. `kind` is "file" or
-    "batch"."""
+    """A request that names a file, a batch or a segment which does not exist or belongs to another owner. `kind` is
+    "file", "batch" or "segment"."""
 
     def __init__(self, kind: str, id_: str) -> None:
         super().__init__(f"There is no {kind} with the id {id_[:64]!r}.")
         self.code = f"{kind}_not_found"
+
+
+class OtherModel(EngineError):
+    """A request of a server that has another model, version, processor or configuration than this one."""
 
 
 class EventsDropped(EngineError):
@@ -88,6 +92,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (SessionNotFound, 404, "invalid_request_error", "session_not_found"),
     (StreamNotFound, 404, "invalid_request_error", "stream_not_found"),
     (NotStored, 404, "invalid_request_error", None),
+    (OtherModel, 409, "invalid_request_error", "other_model"),
     (EventsDropped, 410, "invalid_request_error", "events_dropped"),
     (Overloaded, 503, "service_unavailable_error", "overloaded"),
     (RateLimited, 429, "requests", "rate_limit_exceeded"),

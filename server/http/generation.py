@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from jamba_server.engine.errors import EngineDead, EngineError, EngineFailed, RequestRejected
@@ -217,13 +218,13 @@ class Generation:
 
         At the beginning of the `async with` block the choices are submitted to the engine, which raises Overloaded or
         EngineDead if it cannot accept them. Before that, the limit on waiting prompt tokens and the limits of the
-        client's API key are checked, which raises Overloaded, RateLimited or RequestRejected. Iterating raises
-        DeadlineExceeded when the request's time limit expires. At the end of the block, also after an exception, all
-        choices that are still running are aborted.
+        client's API key are checked, which raises Overloaded, RateLimited or RequestRejected. Entering and iterating
+        raise DeadlineExceeded when the request's time limit expires. At the end of the block, also after an exception,
+        all choices that are still running are aborted.
         """
-        requests = [choice.request for choice in self._choices.values()]
         with self._admission:
-            async with self._engine.generate(requests) as updates:
+            async with AsyncExitStack() as stack:
+                updates = await self._submit(stack)
                 if self.spec.on_progress is not None:
                     self.spec.on_progress("submitted")
                 reason: AbortReason = "disconnect"
@@ -235,6 +236,17 @@ class Generation:
                     raise
                 finally:
                     self._close(reason)
+
+    async def _submit(self, stack: AsyncExitStack) -> UpdateStream:
+        """Submits the choices until the end of `stack`. This takes time only where another server computes the prompt
+        first (`http/prefill`)."""
+        requests = [choice.request for choice in self._choices.values()]
+        try:
+            async with enforced(self.spec.time_limit):
+                return await stack.enter_async_context(self._engine.generate(requests))
+        except (asyncio.CancelledError, DeadlineExceeded) as exc:
+            self._close(abort_reason(exc))
+            raise
 
     async def collect(self) -> list[ChoiceDelta]:
         """Runs the request to its end. Returns one delta with the whole text of each choice, ordered by the index."""

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, TypeVar, Unpack, cast
 
 import anyio
 import anyio.to_thread
@@ -29,6 +29,7 @@ from jamba_server.server.http.limits.turns import Turns, client_of
 from jamba_server.server.http.limits.waiting import Admission, WaitingTokens
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.page.files import ChatPage
+from jamba_server.server.http.prefill.tier import TierFolder
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.http.streams.registry import KeptStreams
 from jamba_server.server.http.tracing.setup import Tracing
@@ -39,6 +40,9 @@ from jamba_server.server.text.rendering.process import NUM_PROCESSES
 from jamba_server.server.text.reply_style import ReplyStyle
 from jamba_server.server.text.template_messages import text_bytes
 from jamba_server.server.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jamba_server.server.http.prefill.hand_overs import HandOvers
 
 T = TypeVar("T")
 
@@ -78,6 +82,8 @@ class Services:
     page: ChatPage | None  # the chat page at /, unless --no-ui
     edge: Edge
     tracing: Tracing | None
+    tier: TierFolder
+    hand_overs: HandOvers | None  # with --role decode
     # A segment of an imported session is in memory as a whole, so there is one at a time.
     segment_turns: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

@@ -17,6 +17,7 @@ from jamba_server.engine.types import (
     FinishReason,
     Progress,
     Request,
+    StoredSegment,
     TokenLogprob,
     TokenUpdate,
 )
@@ -161,6 +162,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.unpinned: list[str] = []
+        self.arrivals: list[StoredSegment] = []
         self.num_updates = 0
         self.stalled = asyncio.Event()
         self.resume = asyncio.Event()
@@ -203,6 +205,9 @@ class FakeEngine:
 
     def unpin(self, request_id: str) -> None:
         self.unpinned.append(request_id)
+
+    def arrived(self, segments: list[StoredSegment]) -> None:
+        self.arrivals += segments
 
     @asynccontextmanager
     async def generate(self, requests: list[Request]) -> AsyncGenerator[FakeStream]:

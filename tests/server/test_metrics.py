@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jamba_server.engine.process.client import SupervisionStats
 from jamba_server.engine.process.step_times import StepTimes
-from jamba_server.engine.process.tier_totals import continued
+from jamba_server.engine.process.totals import continued_tiers
 from jamba_server.engine.types import EngineStats, StepTime, TierStats
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import QUEUE_SECONDS, FakeEngine
@@ -64,7 +64,7 @@ TIERS = TierStats(
 
 async def test_the_tiers_of_the_prefix_cache(bench: Bench) -> None:
     assert "prefix_tier" not in await scrape(bench)
-    bench.engine.stats = EngineStats(tiers=continued(TIERS, TIERS))  # after a restart of the engine
+    bench.engine.stats = EngineStats(tiers=continued_tiers(TIERS, TIERS))  # after a restart of the engine
     found = samples(await scrape(bench))
     assert found["jamba_prefix_tier_hits_total", "disk"] == 4
     assert found["jamba_prefix_tier_hit_tokens_total", "host"] == 200

@@ -213,7 +213,8 @@ class Tiers:
             case Opened(fingerprint):
                 self._fingerprint = fingerprint
             case Found(entries):
-                self._found += len(entries)
+                # A file of which the HTTP process has told the engine is found again by the next search of the folder.
+                self._found += sum(entry.key not in self._on_disk for entry in entries)
                 for entry in entries:
                     self._on_disk.add(entry.key)
                     self._bad.discard(entry.key)

@@ -14,7 +14,7 @@ def main(root: str, seed: str) -> None:
     print("ready", flush=True)
     for number in count(int(seed)):
         for segment in conversation(number, 5):
-            folder.reserve(segment)
+            folder.reserve(segment.entry)
             folder.write(segment)
             folder.touch([segment.key])
 
