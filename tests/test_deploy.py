@@ -151,11 +151,13 @@ def test_the_server_accepts_the_options_of_nodes() -> None:
     configs: list[ServerConfig] = []
     for template in node_pods():
         [server] = template["spec"]["containers"]
-        command, *flags = [values.get(word, word) for word in server["args"]]
+        words: list[str] = server["args"]
+        command, *flags = [values.get(word, word) for word in words]
         assert command == "serve"
         named = {option.flag: option.name for option in OPTIONS.values()}
         variables = {e["name"]: e.get("value", "sk-key") for e in server["env"] if e["name"].startswith("JAMBA_")}
-        configs.append(load_config({named[flag]: flags[2 * i + 1] for i, flag in enumerate(flags[::2])}, variables))
+        given = {named[flag]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        configs.append(load_config(given, variables))
         assert num_ranks(configs[-1].engine(Path("model"))) == 2 * server["resources"]["limits"]["nvidia.com/gpu"]
     first, other = configs
     assert (first.node_rank, other.node_rank, first.nnodes, other.nnodes) == (0, 1, group["size"], group["size"])

@@ -46,18 +46,20 @@ class RankProcess:
     only to tell node 0 how the process has ended."""
 
     def __init__(self, rank: int, process: asyncio.subprocess.Process, connection: socket.socket) -> None:
-        self._process, self._connection = process, connection
+        self._process, self._connection, self._stopped = process, connection, False
         self._end = asyncio.create_task(self._report_end(rank), name=f"rank {rank}")
 
     async def stop(self) -> None:
         """Kills the process, and returns when it has ended."""
+        self._stopped = True
         if self._process.returncode is None:
             self._process.kill()
         await self._end
 
     async def _report_end(self, rank: int) -> None:
         status = await self._process.wait()
-        logger.info("rank %d has ended with %s", rank, f"signal {-status}" if status < 0 else f"status {status}")
+        if not self._stopped:
+            logger.info("rank %d has ended with %s", rank, f"signal {-status}" if status < 0 else f"status {status}")
         with self._connection:
             try:
                 self._connection.send(pack(Ended(status)), socket.MSG_DONTWAIT)
@@ -96,10 +98,8 @@ class Agent:
     async def _run(self) -> None:
         terms = await asyncio.to_thread(terms_of, self._config)
         hello = Hello(self._options.rank, terms)
-        logger.info(
-            "node      %d of %d has ranks %d to %d; joining %s",
-            self._options.rank, self._options.count, self._own_ranks[0], self._own_ranks[-1], self._name,
-        )  # fmt: skip
+        place = f"{self._options.rank} of {self._options.count}, ranks {', '.join(map(str, self._own_ranks))}"
+        logger.info("node      %s; joining %s", place, self._name)
         farewell = None
         while farewell is None:
             reader, writer = await self._join(hello)
@@ -189,8 +189,8 @@ class Agent:
                             await self._stop_ranks()
                     case Farewell():
                         return message
-                    case Welcome() | Refused():
-                        pass  # these answer `Hello` only
+                    case _:
+                        pass  # the other messages answer `Hello` only
         except MALFORMED as error:
             logger.warning("%s has sent a message that cannot be read: %s", self._name, error)
         return None

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
@@ -87,7 +87,7 @@ class Coordinator:
             return ""
         return f"{'node' if len(missing) == 1 else 'nodes'} {', '.join(missing)} of {self._options.count}"
 
-    async def spawn(self, spawn: Callable[..., asyncio.Future[Child]]) -> Child:
+    async def spawn(self, spawn: Callable[..., Awaitable[Child]]) -> Child:
         """Starts an engine process when all ranks of the other nodes are connected. `spawn` gets their connections, in
         the order of the ranks. Raises OSError if that is not possible, and NodesMissing if nodes have not joined in
         time."""
@@ -295,8 +295,8 @@ class Coordinator:
     def _still_awaited(self) -> str:
         return f"; {self.awaited} must still join" if self.awaited else ""
 
-    def _run(self, work: asyncio.Future[None]) -> None:
-        task = asyncio.ensure_future(work)
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
