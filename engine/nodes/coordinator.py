@@ -39,6 +39,7 @@ START_SECONDS: Final = 60.0  # all nodes must have connected their ranks within 
 REMINDER_SECONDS: Final = 30.0  # the log says so often which nodes are awaited
 # When a node has left, the engine notices that by itself. If it still runs after this time, it is killed.
 NOTICE_SECONDS: Final = 5.0
+FAREWELL_SECONDS: Final = 2.0  # the last message to the nodes must be sent within this time
 
 
 class NodesMissing(OSError):
@@ -113,11 +114,11 @@ class Coordinator:
         self.stop_waiting()
         for node in self._nodes.values():
             send(node.writer, Farewell(reason, failed))
-        for node in [*self._nodes.values()]:
             node.writer.close()
-            with suppress(OSError, TimeoutError):
-                async with asyncio.timeout(HELLO_SECONDS):
-                    await node.writer.wait_closed()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                closed = [node.writer.wait_closed() for node in self._nodes.values()]
+                await asyncio.gather(*closed, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -225,9 +226,10 @@ class Coordinator:
         while True:
             await self._all_joined()
             self._incarnation, self._token, self._obstacle = self._incarnation + 1, secrets.token_hex(16), None
-            for node in self._nodes.values():
+            nodes = [*self._nodes.values()]
+            for node in nodes:
                 send(node.writer, Start(self._incarnation, self._token))
-            if await self._all_connected():
+            if await self._all_connected(nodes):
                 logger.info("all nodes have joined; incarnation %d of the engine starts", self._incarnation)
                 self._token = ""  # no further rank may connect
                 return [self._connected[rank] for rank in self._remote_ranks]
@@ -250,16 +252,16 @@ class Coordinator:
             ) from None
         self._check_open()
 
-    async def _all_connected(self) -> bool:
-        """Waits until all ranks of the other nodes are connected. Returns false if a node leaves meanwhile, cannot
-        start its ranks, or takes too long."""
+    async def _all_connected(self, nodes: list[Node]) -> bool:
+        """Waits until all ranks of the other nodes are connected. Returns false if one of the nodes leaves meanwhile,
+        cannot start its ranks, or takes too long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(START_SECONDS):
                 while len(self._connected) < len(self._remote_ranks):
-                    if self.awaited or self._obstacle is not None:
+                    if self._obstacle is not None or [*self._nodes.values()] != nodes:
                         return False
                     await self._change(START_SECONDS)
-            return not self.awaited
+            return [*self._nodes.values()] == nodes
         missing = sorted({*self._remote_ranks} - {*self._connected})
         self._obstacle = f"ranks {missing} of other nodes were not connected within {START_SECONDS:g} s"
         return False
@@ -270,7 +272,8 @@ class Coordinator:
         self._check_open()
         self._changed.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
         self._check_open()
 
     def _check_open(self) -> None:

@@ -22,7 +22,7 @@ FLAGS = (
     *("--threads", "1", "--max-model-len", "2048", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "64MiB"),
     *("--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "127.0.0.1"),
 )
-BODY: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True, "seed": 1}
+BODY: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 60, "ignore_eos": True, "stream": True, "seed": 1}
 
 
 def until(done: Callable[[], object]) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import socket
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +13,21 @@ import pytest
 
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.nodes.coordinator import Coordinator, listen
-from jamba_server.engine.nodes.messages import FirstMessage, Hello, RankHello, Refused, ToNode, Welcome, receive, send
+from jamba_server.engine.nodes.messages import (
+    CannotStart,
+    FirstMessage,
+    Hello,
+    RankHello,
+    Refused,
+    Start,
+    Stop,
+    ToNode,
+    Welcome,
+    receive,
+    send,
+)
 from jamba_server.engine.nodes.terms import Terms, difference, terms_of
+from jamba_server.engine.process.child import Child
 from tests.engine.nodes.machines import HOST, PATIENCE, Flags, first_node, other_node, parsed
 from tests.engine.nodes.test_nodes import STAGES, TENSOR, until_awaited
 from tests.tiny import save_tiny
@@ -99,6 +113,62 @@ async def test_a_second_node_of_a_number_waits_until_the_first_has_left(coordina
     third, answer = await said(coordinator, Hello(1, terms(folder)))
     third.close()
     assert answer == Welcome()
+
+
+async def test_only_ranks_of_the_present_incarnation_are_connected(coordinator: Coordinator, folder: Path) -> None:
+    """A node that leaves and joins again while its ranks are awaited starts them in the next incarnation."""
+    counts = list[int]()
+
+    async def spawn(ranks: Sequence[socket.socket]) -> Child:
+        counts.append(len(ranks))
+        raise OSError("no process")
+
+    spawned = asyncio.create_task(coordinator.spawn(spawn))
+    reader, first = await joined(coordinator, folder)
+    old = await receive(reader, ToNode)
+    assert isinstance(old, Start) and old.incarnation == 1
+    first.close()
+    await until_node_leaves(coordinator)
+    reader, second = await joined(coordinator, folder)
+    new = await receive(reader, ToNode)
+    assert isinstance(new, Start) and new.incarnation == 2
+    for late in (RankHello(1, old.token, 1), RankHello(2, old.token, 1), RankHello(2, new.token, 0)):
+        writer, answer = await said(coordinator, late)
+        writer.close()
+        assert answer is None
+    _, rank = await asyncio.open_connection(*coordinator.address)
+    send(rank, RankHello(2, new.token, 1))
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(OSError, match="no process"):
+            await spawned
+        assert counts == [1]
+        assert await receive(reader, ToNode) == Stop(2)
+    rank.close()
+    second.close()
+
+
+async def joined(coordinator: Coordinator, folder: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The connection of a node 1 that has joined."""
+    async with asyncio.timeout(PATIENCE):
+        reader, writer = await asyncio.open_connection(*coordinator.address)
+        send(writer, Hello(1, terms(folder)))
+        assert await receive(reader, ToNode) == Welcome()
+    return reader, writer
+
+
+async def test_a_node_that_cannot_start_its_ranks_is_named(coordinator: Coordinator, folder: Path) -> None:
+    async def spawn(ranks: Sequence[socket.socket]) -> Child:
+        raise AssertionError(ranks)
+
+    spawned = asyncio.create_task(coordinator.spawn(spawn))
+    reader, writer = await joined(coordinator, folder)
+    async with asyncio.timeout(PATIENCE):
+        assert isinstance(await receive(reader, ToNode), Start)
+        send(writer, CannotStart(1, "no memory"))
+        with pytest.raises(OSError, match="node 1 cannot start its ranks: no memory"):
+            await spawned
+        assert await receive(reader, ToNode) == Stop(1)
+    writer.close()
 
 
 async def until_node_leaves(coordinator: Coordinator) -> None:
