@@ -98,8 +98,8 @@ class Agent:
     async def _run(self) -> None:
         terms = await asyncio.to_thread(terms_of, self._config)
         hello = Hello(self._options.rank, terms)
-        place = f"{self._options.rank} of {self._options.count}, ranks {', '.join(map(str, self._own_ranks))}"
-        logger.info("node      %s; joining %s", place, self._name)
+        ranks = f"{'rank' if len(self._own_ranks) == 1 else 'ranks'} {', '.join(map(str, self._own_ranks))}"
+        logger.info("node      %d of %d, %s; joining %s", self._options.rank, self._options.count, ranks, self._name)
         farewell = None
         while farewell is None:
             reader, writer = await self._join(hello)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from jamba_server.engine.nodes.client import NodesClient
 from jamba_server.server.config import ServerConfig
@@ -17,7 +18,7 @@ from jamba_server.server.config_sources import load_config
 from tests.engine.parallel.test_parallel_processes import all_end
 
 HOST = "127.0.0.1"
-PATIENCE = 60.0
+PATIENCE = 300.0
 Flags = tuple[str, ...]
 
 
@@ -27,12 +28,12 @@ def parsed(folder: Path, flags: Flags) -> ServerConfig:
     return load_config({"model": str(folder), **dict(zip(names, flags[1::2], strict=True))}, {})
 
 
-def first_node(folder: Path, flags: Flags) -> NodesClient:
-    """Node 0, which listens at a free port."""
+def first_node(folder: Path, flags: Flags, **settings: Any) -> NodesClient:
+    """Node 0, which listens at a free port. `settings` are arguments of `EngineClient`."""
     config = parsed(folder, (*flags, "--master-addr", HOST, "--master-port", "0"))
     nodes = config.nodes()
     assert nodes is not None
-    return NodesClient(config.engine(folder), nodes)
+    return NodesClient(config.engine(folder), nodes, **settings)
 
 
 class Machine:

@@ -102,6 +102,18 @@ async def test_streams_go_on_when_a_rank_or_a_whole_node_is_lost(folder: Path) -
         assert await machine.ends() == 0
 
 
+async def test_a_hung_rank_of_another_node_ends_with_the_engine_timeout(folder: Path) -> None:
+    engine = first_node(folder, STAGES, engine_timeout=2.0)
+    async with other_node(folder, STAGES, engine.coordinator.address[1]) as machine:
+        await engine.start()
+        before = [*processes(engine), *machine.ranks]
+        os.kill(machine.ranks[0], signal.SIGSTOP)  # Node 0 waits for its tokens now.
+        assert await answers(engine) == expected(folder, exact=False)
+        assert engine.supervision.restarts["step_timeout"] == 1
+        await all_end(before)
+        await engine.close()
+
+
 async def test_a_node_that_leaves_is_awaited_and_node_0_can_stop_meanwhile(folder: Path) -> None:
     engine = first_node(folder, STAGES)
     async with other_node(folder, STAGES, engine.coordinator.address[1]) as machine:
