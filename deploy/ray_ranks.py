@@ -129,11 +129,18 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=2, help="number of machines")
     parser.add_argument("--cpus", type=float, default=1, help="CPUs that Ray reserves on each")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs that Ray reserves on each")
+    parser.add_argument(
+        "--strategy",
+        choices=("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK"),
+        default="STRICT_SPREAD",
+        help="where Ray puts the nodes; by default each on a machine of its own",
+    )
     parser.add_argument("arguments", nargs="*", help="arguments of `jamba serve`, after --")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     ray.init()
-    cluster = Cluster(options.arguments, options.nodes, {"CPU": options.cpus, "GPU": options.gpus})
+    bundle = {"CPU": options.cpus, "GPU": options.gpus}
+    cluster = Cluster(options.arguments, options.nodes, bundle, options.strategy)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()
