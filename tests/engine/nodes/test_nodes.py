@@ -95,6 +95,7 @@ async def test_streams_go_on_when_a_rank_or_a_whole_node_is_lost(folder: Path) -
         await until_awaited(engine, "node 1 of 2")
         assert (engine.health.alive, engine.health.ready) == (True, False)
         assert engine.health.reason.startswith("node 1 of 2 must join")
+        assert await machine.ends() == -signal.SIGKILL
     async with other_node(folder, TENSOR, port) as machine:
         assert await lost == content
         assert {why: count for why, count in engine.supervision.restarts.items() if count} == {"signal": 3}
