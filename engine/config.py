@@ -59,7 +59,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `tensor_parallel_exact` adds the parts of a sum in an order that is the same for 1, 2, 4 and 8 ranks; None means
     with more than one rank. `threads` is the number of CPU threads of each rank.
     `pipeline_parallel_size` is the number of stages among which the layers are divided, each with as many ranks.
-    `device_map` says instead which modules each stage has (`engine.parallel.device_map`).
+    `device_map` says instead which modules each stage has (`engine.parallel.device_map`). The ranks are divided evenly
+    among `nnodes` machines, in their order (`engine.nodes`).
 
     `state_cache_host_bytes` is the memory of the prefix cache's host tier, and `state_cache_disk_path` the folder of
     its disk tier, in which all servers together have at most `state_cache_disk_bytes`.
@@ -95,6 +96,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_exact: bool | None = None
     pipeline_parallel_size: int = 1
     device_map: dict[str, int | str] | None = None
+    nnodes: int = 1
     seed: int = 0
     threads: int | None = None
     numa: Numa = "auto"

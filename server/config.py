@@ -27,6 +27,7 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.nodes.options import NodeOptions
 from jamba_server.engine.parallel.device_map import read_device_map
 from jamba_server.engine.types import Pooling
 from jamba_server.server.option_values import (
@@ -354,6 +355,19 @@ class ServerConfig:
         str | None,
         Help("memory", "JSON file with the device of each module, as in transformers, for unequal stages", "PATH"),
     ] = None
+    nnodes: Annotated[
+        Count, Help("memory", "Machines among which these processes are divided evenly; each runs `jamba serve`")
+    ] = 1
+    node_rank: Annotated[
+        Number, Help("memory", "Number of this machine, from 0; node 0 takes the requests and starts the others")
+    ] = 0
+    master_addr: Annotated[
+        str | None, Help("memory", "Address of node 0, at which it listens for the other nodes", "ADDRESS")
+    ] = None
+    master_port: Annotated[Port, Help("memory", "TCP port at which node 0 listens for the other nodes", "PORT")] = 29501
+    node_timeout: Annotated[
+        Seconds, Help("expert", "Seconds that a node waits for another one before it ends with status 1", "SECONDS")
+    ] = 600.0
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
     threads: Annotated[Count | None, Help("expert", "CPU threads of each engine process", "N", "one per core")] = None
     numa: Annotated[Numa, Help("expert", "Divide threads and weights among memory nodes; auto: if several")] = "auto"
@@ -384,6 +398,18 @@ class ServerConfig:
         settings["model"] = str(model)
         settings["device_map"] = None if self.device_map is None else read_device_map(Path(self.device_map))
         return EngineConfig(**settings)
+
+    def nodes(self) -> NodeOptions | None:
+        """Returns the place of this machine among several, or None if there is one machine."""
+        if self.nnodes == 1 or self.master_addr is None:
+            return None
+        return NodeOptions(
+            count=self.nnodes,
+            rank=self.node_rank,
+            address=self.master_addr,
+            port=self.master_port,
+            timeout=self.node_timeout,
+        )
 
     @property
     def label_words(self) -> tuple[str, ...]:
@@ -416,6 +442,7 @@ class ServerConfig:
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with a slash and not end with one.")
         self._check_role()
+        self._check_nodes()
         for name in ("chat_template", "ssl_keyfile", "ssl_certfile", "api_key_file"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
@@ -434,6 +461,21 @@ class ServerConfig:
                 raise ConfigError(f"prefill_url is {url!r}; it must be like http://host:8000 or https://host.")
         if self.role == "prefill" and self.data_dir is not None:
             raise ConfigError("data_dir is for stored responses and batches, which a server of role 'prefill' has not.")
+
+    def _check_nodes(self) -> None:
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(f"node_rank is {self.node_rank}; it must be less than nnodes, which is {self.nnodes}.")
+        if self.nnodes > 1 and self.master_addr is None:
+            raise ConfigError(f"nnodes is {self.nnodes}; it needs master_addr, which is the address of node 0.")
+        if self.nnodes == 1 and self.master_addr is not None:
+            raise ConfigError(f"master_addr is {self.master_addr!r}, but nnodes is 1; leave it out or set nnodes.")
+        if self.node_rank > 0 and self.master_port == 0:
+            raise ConfigError("master_port is 0, which is for node 0 only; give the port at which node 0 listens.")
+        if self.nnodes > 1 and self.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size {self.data_parallel_size} does not work with nnodes {self.nnodes} yet; leave one "
+                "out."
+            )
 
 
 OPTIONS: Mapping[str, Option] = {option.name: option for option in options_of(ServerConfig)}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jamba_server.engine.start.rank_options import num_ranks
 from jamba_server.server.cli.server import EXIT_SECONDS
 from jamba_server.server.config import OPTIONS, ServerConfig
 from jamba_server.server.config_sources import load_config
@@ -119,3 +120,56 @@ def test_autoscaling_reads_metrics_of_this_server() -> None:
     assert asked == offered
     for rule in rules:
         assert metric_names(rule["seriesQuery"]) <= exported_names()
+
+
+def node_pods() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The pod templates of node 0 and of the other nodes."""
+    group = load(KUBERNETES / "nodes" / "leader-worker-set.yaml")["spec"]["leaderWorkerTemplate"]
+    return group["leaderTemplate"], group["workerTemplate"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_accepts_the_pods_of_nodes(version: str, tmp_path: Path) -> None:
+    """A LeaderWorkerSet is no resource of Kubernetes itself, so its templates are checked as those of deployments."""
+    program, files = tool("kubernetes-validate"), [KUBERNETES / "nodes" / "service.yaml"]
+    for index, template in enumerate(node_pods()):
+        labels = template["metadata"]["labels"]
+        deployment = {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": "pods"},
+            "spec": {"selector": {"matchLabels": labels}, "template": template},
+        }
+        files.append(tmp_path / f"{index}.yaml")
+        files[-1].write_text(yaml.safe_dump(deployment))
+    assert run(program, "--strict", "--kubernetes-version", version, *files).count("passed") == len(files)
+
+
+def test_the_server_accepts_the_options_of_nodes() -> None:
+    group = load(KUBERNETES / "nodes" / "leader-worker-set.yaml")["spec"]["leaderWorkerTemplate"]
+    values = {"$(POD_ADDRESS)": "10.0.0.1", "$(LWS_LEADER_ADDRESS)": "node-0.nodes", "$(LWS_WORKER_INDEX)": "1"}
+    configs: list[ServerConfig] = []
+    for template in node_pods():
+        [server] = template["spec"]["containers"]
+        words: list[str] = server["args"]
+        command, *flags = [values.get(word, word) for word in words]
+        assert command == "serve"
+        named = {option.flag: option.name for option in OPTIONS.values()}
+        variables = {e["name"]: e.get("value", "sk-key") for e in server["env"] if e["name"].startswith("JAMBA_")}
+        given = {named[flag]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        configs.append(load_config(given, variables))
+        assert num_ranks(configs[-1].engine(Path("model"))) == 2 * server["resources"]["limits"]["nvidia.com/gpu"]
+    first, other = configs
+    assert (first.node_rank, other.node_rank, first.nnodes, other.nnodes) == (0, 1, group["size"], group["size"])
+    assert first.engine(Path("model")) == other.engine(Path("model"))
+    ports = {port["name"]: port["containerPort"] for port in node_pods()[0]["spec"]["containers"][0]["ports"]}
+    assert ports == {"http": first.port, "nodes": first.master_port}
+
+
+def test_the_service_of_nodes_finds_node_0() -> None:
+    selector = load(KUBERNETES / "nodes" / "service.yaml")["spec"]["selector"]
+    first, other = (template["metadata"]["labels"] for template in node_pods())
+    assert selector.items() <= first.items()
+    assert not selector.items() <= other.items()
+    listed = load(KUBERNETES / "nodes" / "kustomization.yaml")["resources"]
+    assert {*listed, "kustomization.yaml"} == {path.name for path in (KUBERNETES / "nodes").glob("*.yaml")}

@@ -42,9 +42,9 @@ for a prompt token and {decode:.1f} ms for a sequence that decodes. The simulati
 """
 CHATS = """
 `jamba bench --workload multi-turn` over HTTP, one server after the other, with the same GGUF file (F16), which `jamba
-convert` has made of the demonstration checkpoint, and {slots} sequences at a time. 8 chats of 8 turns with 60 words and 60
-reply tokens, of which 4 go on at the same time. llama.cpp {version}, with its default checkpoints and its default cache in
-RAM.
+convert` has made of the demonstration checkpoint, and {slots} sequences at a time. 8 chats of 8 turns with 60 words and
+60 reply tokens, of which 4 go on at the same time. llama.cpp {version}, with its default checkpoints and its default
+cache in RAM.
 """
 
 

@@ -82,8 +82,7 @@ def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int], 
             seconds, ratio = median(turns), median(a / b for a, b in zip(other, turns, strict=True))
             gigabytes, tera = weights[0].panels.numel() / 1e9, 2 * m * outputs * inputs / 1e12
             print(
-                f"{m:6} {name:>9} {seconds * 1e3:9.3f} {gigabytes / seconds:6.1f} {tera / seconds:8.3f} "
-                f"{ratio:12.2f}"
+                f"{m:6} {name:>9} {seconds * 1e3:9.3f} {gigabytes / seconds:6.1f} {tera / seconds:8.3f} {ratio:12.2f}"
             )
 
 
@@ -96,7 +95,9 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=8192, help="number of rows of the weight")
     parser.add_argument("--inputs", type=int, default=2560, help="number of columns of the weight")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows of the activations")
-    parser.add_argument("--formats", nargs="+", default=tuple(FORMATS), help="formats of weights to compare with --dtype")
+    parser.add_argument(
+        "--formats", nargs="+", default=tuple(FORMATS), help="formats of weights to compare with --dtype"
+    )
     parser.add_argument("--level", choices=LEVELS, help="instruction set to use instead of the best available one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -28,6 +28,7 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.core import EngineCore
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.parallel.group import Group
+from jamba_server.engine.parallel.meeting import Meeting
 from jamba_server.engine.start.build import build_engine
 from jamba_server.engine.start.parallel import alone, join_ranks
 from jamba_server.engine.types import Request, SamplingParams
@@ -82,7 +83,9 @@ def memory_of_process() -> int:
 def run_rank(folder: str, size: int, exact: bool, rank: int, store: str) -> dict[str, Any]:
     """Runs all phases as one rank."""
     config = config_of(folder, size, exact)
-    joined = alone(config, load_model_config(Path(folder))) if size == 1 else join_ranks(config, rank, store)
+    joined = (
+        alone(config, load_model_config(Path(folder))) if size == 1 else join_ranks(config, rank, Meeting(path=store))
+    )
     core, group = build_engine(config, joined=joined), joined.group
     run_phase(core, group, "decode 1")  # the first steps also make the buffers of exchanges
     phases = {name: run_phase(core, group, name) for name in PHASES}

@@ -2,9 +2,10 @@
 
 Each model and configuration has a folder below the given one, named after its fingerprint, and each segment a file
 named after its key. A file is written under another name and renamed, so that it is either complete or not there,
-whenever a server is killed. About once a second, all new files are synchronised with the disk together, which costs much
-less than one by one. A file that was cut off by a loss of power before that is found by its hashes. Several servers may use a folder at the same time without locks: whoever writes a segment that is
-there already leaves it as it is, and an open file stays readable after another server has deleted it.
+whenever a server is killed. About once a second, all new files are synchronised with the disk together, which costs
+much less than one by one. A file that was cut off by a loss of power before that is found by its hashes. Several
+servers may use a folder at the same time without locks: whoever writes a segment that is there already leaves it as it
+is, and an open file stays readable after another server has deleted it.
 """
 
 from __future__ import annotations
@@ -257,8 +258,8 @@ class SegmentFolder:
         return written
 
     def adopt(self, path: Path, entry: Entry) -> int:
-        """Gives a file below the folder, which is complete and synchronised, the name of its segment, unless there is a file of this
-        name. Returns how many bytes the folder has got. Raises OSError."""
+        """Gives a file below the folder, which is complete and synchronised, the name of its segment, unless there is a
+        file of this name. Returns how many bytes the folder has got. Raises OSError."""
         target = self.path_of(entry.key)
         if target.exists():
             return 0
@@ -277,8 +278,8 @@ class SegmentFolder:
                 os.utime(self.path_of(key), ns=(now + 1000 * number, now + 1000 * number))
 
     def synchronise(self) -> list[bytes]:
-        """Makes all files that were written durable, and their names. A file that the system cannot write to the disk is
-        deleted. Returns the keys of deleted files."""
+        """Makes all files that were written durable, and their names. A file that the system cannot write to the disk
+        is deleted. Returns the keys of deleted files."""
         new, self._new = self._new, {}
         lost: list[bytes] = []
         for key, descriptor in new.items():

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jamba_server.engine.parallel.meeting import LOOPBACK
 from jamba_server.engine.parallel.shards import SECTIONS, WHOLE, Shard
 
 # The supervision of the engine ends ranks that hang, so the exchanges have no short time limit of their own.
@@ -44,11 +45,21 @@ class Group:
         self.shard, self._group, self.traffic = shard, process_group, Traffic()
 
     @classmethod
-    def join(cls, shard: Shard, store: dist.Store, device: torch.device, timeout: timedelta = TIMEOUT) -> Group:
-        """Waits until all ranks have met in `store`, and returns their group: NCCL's on GPUs, else gloo's. On a CPU the
-        ranks are processes, or threads, of one machine. An exchange that takes longer than `timeout` fails."""
-        make = nccl if device.type == "cuda" else gloo
-        return cls(shard, None if shard.size == 1 else make(store, shard.rank, shard.size, timeout))
+    def join(
+        cls,
+        shard: Shard,
+        store: dist.Store,
+        device: torch.device,
+        timeout: timedelta = TIMEOUT,
+        host: str = LOOPBACK,
+    ) -> Group:
+        """Waits until all ranks have met in `store`, and returns their group: NCCL's on GPUs, else gloo's, of which
+        this rank listens at the address `host`. An exchange that takes longer than `timeout` fails."""
+        if shard.size == 1:
+            return cls(shard)
+        if device.type == "cuda":
+            return cls(shard, nccl(store, shard.rank, shard.size, timeout))
+        return cls(shard, gloo(store, shard.rank, shard.size, timeout, host))
 
     def add_sections(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the sum of the sections of all ranks, added in float32 and in the order of the sections: dtype
@@ -114,11 +125,12 @@ class Group:
         self.traffic.seconds += time.perf_counter() - began
 
 
-def gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
-    """Returns a group whose ranks exchange tensors in host memory. All ranks must be on this machine."""
+def gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, host: str = LOOPBACK) -> ProcessGroup:
+    """Returns a group whose ranks exchange tensors in host memory. This rank listens at the address `host`, which the
+    others must be able to reach."""
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage]
     options._timeout = timeout
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 

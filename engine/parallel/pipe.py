@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jamba_server.engine.parallel.group import TIMEOUT, ProcessGroup, gloo, nccl
+from jamba_server.engine.parallel.meeting import LOOPBACK
 from jamba_server.engine.parallel.stages import Stage
 
 # Messages of one kind between two stages arrive in the order in which they were sent.
@@ -35,9 +36,17 @@ class Pipe:
         self._sent: deque[list[tuple[Any, Tensor]]] = deque()
 
     @classmethod
-    def join(cls, stage: Stage, store: dist.Store, device: torch.device, timeout: timedelta = TIMEOUT) -> Pipe:
-        """Waits until the ranks of all stages have met in `store`, and returns their pipe."""
-        control = gloo(dist.PrefixStore("control", store), stage.index, stage.count, timeout)
+    def join(
+        cls,
+        stage: Stage,
+        store: dist.Store,
+        device: torch.device,
+        timeout: timedelta = TIMEOUT,
+        host: str = LOOPBACK,
+    ) -> Pipe:
+        """Waits until the ranks of all stages have met in `store`, and returns their pipe. Of gloo, this rank listens
+        at the address `host`."""
+        control = gloo(dist.PrefixStore("control", store), stage.index, stage.count, timeout, host)
         if device.type != "cuda":
             return cls(stage, control, control)
         return cls(stage, nccl(dist.PrefixStore("hidden", store), stage.index, stage.count, timeout), control)

@@ -1,4 +1,5 @@
-"""The engine process: `python -m jamba_server.engine.process FD`, where FD is the file descriptor of its socket.
+"""The engine process: `python -m jamba_server.engine.process FD [FD ...]`, where the first FD is the file descriptor of
+its socket. The others are those of connections to ranks on other machines, in the order of the ranks.
 
 `supervisor.Supervisor` starts this process with one end of a socket pair. The process receives its EngineConfig, sends
 some Progress messages and then Ready or Failed. It runs until it is told to stop or its parent is gone. It sends its
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +59,7 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
         inbox.wake()
 
 
-def run(connection: socket.socket, send: Send) -> int:
+def run(connection: socket.socket, send: Send, remote_ranks: Sequence[socket.socket] = ()) -> int:
     if (config := receive(connection, EngineConfig)) is None:
         return 1
     ranks = None
@@ -69,10 +71,10 @@ def run(connection: socket.socket, send: Send) -> int:
         send(Failed(str(error)))
         return 1
     if several:
-        ranks = Ranks(send)
+        ranks = Ranks(send, remote_ranks)
         ranks.start(config)
     with reading_early(Path(config.model), config.load_format):
-        core = load(config, send, store=None if ranks is None else ranks.store_path)
+        core = load(config, send, meeting=None if ranks is None else ranks.meeting)
     if core is None:
         return 1
     step = core.step
@@ -104,12 +106,13 @@ def main() -> None:
     # end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    remote_ranks = [socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[2:]]
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         send = sender(connection)
         logging.basicConfig(level=logging.INFO, handlers=[LogToParent(send)])
         logging.captureWarnings(True)
         try:
-            status = run(connection, send)
+            status = run(connection, send, remote_ranks)
         except (BrokenPipeError, ConnectionResetError):
             status = 0  # the parent process is gone, so there is nobody to serve
     os._exit(status)  # `os._exit` is used because a normal exit could hang while the reading thread waits in `recv`

@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,17 @@ CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was to
 DISK_CLOSE_SECONDS = 30.0
 
 
+def process_environment(additions: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns the environment of a process of the engine: that of this process without secrets, and `additions`."""
+    # The child must import the same jamba_server as this process.
+    root = str(Path(jamba_server.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # With the policy PASSIVE torch's idle threads sleep. Otherwise torch's idle threads would occupy cores that the
+    # threads of this project's CPU kernels need.
+    inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **inherited, **(additions or {}), "PYTHONPATH": path}
+
+
 class Child:
     """One engine process, and the parent's end of the socket to this process. When the socket reports the end of the
     stream, the process has ended. `num_messages` counts the messages that have arrived from the process.
@@ -52,28 +63,30 @@ class Child:
         self.oom_kills_before = oom_kills()
 
     @classmethod
-    async def spawn(cls, config: EngineConfig, command: tuple[str, ...], place: Place = WHOLE_MACHINE) -> Child:
+    async def spawn(
+        cls,
+        config: EngineConfig,
+        command: tuple[str, ...],
+        place: Place = WHOLE_MACHINE,
+        *,
+        ranks: Sequence[socket.socket] = (),
+    ) -> Child:
         """Starts the command line `command` as a new process and sends the configuration `config` to this process. The
-        number of the socket's file descriptor is appended to the command line as the last argument. Raises OSError if
-        the process cannot be started, or may not run on the processors of its `place`."""
+        number of the socket's file descriptor is appended to the command line, and then those of `ranks`, which are the
+        connections of ranks on other machines. Raises OSError if the process cannot be started, or may not run on the
+        processors of its `place`."""
         # Descriptors 0 to 2 must be open, so that the new socket gets another number than the child's standard streams.
         open_missing_streams()
         ours, theirs = socket.socketpair()
-        # The child must import the same jamba_server as this process.
-        root = str(Path(jamba_server.__file__).parent.parent)
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        # With the policy PASSIVE torch's idle threads sleep. Otherwise torch's idle threads would occupy cores that the
-        # threads of this project's CPU kernels need.
-        inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **inherited, **place.environment, "PYTHONPATH": path}
+        descriptors = [theirs.fileno(), *(rank.fileno() for rank in ranks)]
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
-                    str(theirs.fileno()),
+                    *map(str, descriptors),
                     stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env=environment,
+                    pass_fds=descriptors,
+                    env=process_environment(place.environment),
                 )
             except OSError:
                 ours.close()
@@ -123,6 +136,10 @@ class Child:
         """Tells the child to end after its current step, and kills it if it still runs some seconds later."""
         self.send(Shutdown())
         asyncio.get_running_loop().call_later(self._close_seconds, self.kill)
+
+    async def wait(self) -> None:
+        """Waits until the process has ended."""
+        await self._process.wait()
 
     def kill(self) -> None:
         if self._process.returncode is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Protocol
@@ -16,13 +16,7 @@ from typing import Protocol
 import msgspec
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.errors import (
-    ConfigError,
-    EngineDead,
-    EngineError,
-    EngineFailed,
-    EngineLoading,
-)
+from jamba_server.engine.errors import ConfigError, EngineDead, EngineError, EngineFailed, EngineLoading
 from jamba_server.engine.process.child import ENGINE_COMMAND, Child
 from jamba_server.engine.process.deaths import RESTART_REASONS, Death, RestartReason
 from jamba_server.engine.process.place import WHOLE_MACHINE, Place
@@ -151,6 +145,7 @@ class EngineClient:
     The child is killed if it has requests but sends no message for `engine_timeout` seconds, or if it reports no
     progress for `load_timeout` seconds while it loads. A new request is refused if more than `max_queue_requests`
     choices would then wait to be run; 0 means no limit. Requests in the background are never refused and do not count.
+    `spawn` starts a child; without it, `command` is started on this machine in its `place`.
     """
 
     def __init__(
@@ -163,6 +158,7 @@ class EngineClient:
         on_progress: Callable[[str, float], None] = lambda phase, fraction: None,
         command: tuple[str, ...] = ENGINE_COMMAND,
         place: Place = WHOLE_MACHINE,
+        spawn: Callable[[], Awaitable[Child]] | None = None,
     ) -> None:
         self._on_progress = on_progress
         self._max_queue, self._name = max_queue_requests, place.name
@@ -184,9 +180,8 @@ class EngineClient:
         # This event is set when the engine is ready for the first time or has failed to start.
         self._started = asyncio.Event()
         self._ended = asyncio.Event()  # this event is set when the engine has ended and will not be restarted
-        self._supervisor = Supervisor(
-            self, partial(Child.spawn, config, command, place), engine_timeout=engine_timeout, load_timeout=load_timeout
-        )
+        spawn = spawn or partial(Child.spawn, config, command, place)
+        self._supervisor = Supervisor(self, spawn, engine_timeout=engine_timeout, load_timeout=load_timeout)
         self._supervision: asyncio.Task[None] | None = None
 
     @property
@@ -374,8 +369,7 @@ class EngineClient:
                     self._health = _loading(message)
                 self._on_progress(phase, fraction)
             case Working():
-                # Nothing needs to be done: the arrival of the message already shows the watchdog that the child works.
-                pass
+                pass  # the arrival of the message already shows the watchdog that the child works
             case LogLine(level, name, text):
                 logging.getLogger(name).log(level, "%s%s", self._name, text)
             case Ready(info):

@@ -16,6 +16,7 @@ import msgspec
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.parallel.meeting import Meeting
 from jamba_server.engine.process.heartbeat import beating
 from jamba_server.engine.process.wire import pack
 from jamba_server.engine.types import Failed, LogLine, Progress, Working
@@ -62,9 +63,9 @@ class LogToParent(logging.Handler):
             self.handleError(record)
 
 
-def load(config: EngineConfig, send: Send, rank: int = 0, store: str | None = None) -> EngineCore | None:
-    """Returns the engine of a rank, or None after the parent was told why there is none. `store` is the path of the
-    file in which several ranks find each other."""
+def load(config: EngineConfig, send: Send, rank: int = 0, meeting: Meeting | None = None) -> EngineCore | None:
+    """Returns the engine of a rank, or None after the parent was told why there is none. Several ranks find each other
+    at the `meeting`."""
     # These modules import torch, so they are imported only after the log handler is set. Warnings of torch then go to
     # the parent's log.
     from jamba_server.engine.start.build import build_engine
@@ -76,7 +77,7 @@ def load(config: EngineConfig, send: Send, rank: int = 0, store: str | None = No
 
     try:
         with beating(lambda: send(Working())):
-            joined = None if store is None else join_ranks(config, rank, store)
+            joined = None if meeting is None else join_ranks(config, rank, meeting)
             return build_engine(config, progress, joined)
     except (ConfigError, KernelError) as error:
         send(Failed(str(error)))

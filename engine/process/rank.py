@@ -1,7 +1,9 @@
-"""A rank of the engine from 1 on: `python -m jamba_server.engine.process.rank FD`, with the descriptor of its socket.
+"""A rank of the engine from 1 on: `python -m jamba_server.engine.process.rank FD [OPTIONS]`, with the descriptor of its
+socket.
 
-`ranks.Ranks` starts this process. It loads its part of the model and runs the steps that rank 0 announces. It keeps the
-results, because rank 0 has the same.
+`ranks.Ranks` starts this process, or, on another machine than rank 0, `nodes.agent.Agent` does, with a JSON object of
+the options that this machine has to itself. The process loads its part of the model and runs the steps that rank 0
+announces. It keeps the results, because rank 0 has the same.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from jamba_server.engine.process.connection import LogToParent, Send, end_with_parent, load, sender
-from jamba_server.engine.process.ranks import NEWS_SECONDS, Join, StepInputs, ToRank, checksum, descriptor_path
+from jamba_server.engine.process.ranks import NEWS_SECONDS, Join, StepInputs, ToRank, checksum
 from jamba_server.engine.process.wire import receive
 from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.types import StepResult, Submit
@@ -26,11 +30,12 @@ if TYPE_CHECKING:
     from jamba_server.engine.core import EngineCore
 
 
-def run(connection: socket.socket, send: Send) -> int:
+def run(connection: socket.socket, send: Send, own_options: dict[str, Any]) -> int:
     if (join := receive(connection, Join)) is None:
         return 1
-    with reading_early(Path(join.config.model), join.config.load_format):
-        core = load(join.config, send, rank=join.rank, store=descriptor_path(join.store))
+    config = msgspec.structs.replace(join.config, **own_options)
+    with reading_early(Path(config.model), config.load_format):
+        core = load(config, send, rank=join.rank, meeting=join.meeting)
     if core is None:
         return 1
     from jamba_server.engine.process.lockstep import FollowingInbox  # it imports torch
@@ -70,7 +75,7 @@ def main() -> None:
         logging.basicConfig(level=logging.INFO, handlers=[LogToParent(send)])
         logging.captureWarnings(True)
         try:
-            status = run(connection, send)
+            status = run(connection, send, msgspec.json.decode(sys.argv[2]) if len(sys.argv) > 2 else {})
         except (BrokenPipeError, ConnectionResetError):
             status = 0  # rank 0 is gone, so there is nothing to do
     os._exit(status)

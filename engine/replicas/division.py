@@ -12,6 +12,7 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.process.place import Place
 from jamba_server.engine.start.machine import available_memory, format_bytes
 from jamba_server.engine.start.processors import Processors, find_processors
+from jamba_server.engine.start.rank_options import num_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,6 @@ class Division:
 def check_replicas(config: EngineConfig, number: int) -> None:
     """Raises ConfigError for options that do not work with several engines."""
     refused = {
-        "tensor_parallel_size": config.tensor_parallel_size > 1,
-        "pipeline_parallel_size": config.pipeline_parallel_size > 1,
-        "device_map": config.device_map is not None,
         "state_cache_host_bytes": config.state_cache_host_bytes > 0,
         "state_cache_disk_path": config.state_cache_disk_path is not None,
     }
@@ -42,26 +40,27 @@ def check_replicas(config: EngineConfig, number: int) -> None:
 def divide(config: EngineConfig, number: int, processors: Processors | None = None) -> Division:
     """Returns what each of `number` engines gets of this machine. Raises ConfigError for options that do not work.
 
-    * The usable processors are divided among the engines, each of which has at least one thread. If the number of
-      memory nodes is a multiple of the number of engines, or the other way round, each engine runs on processors of its
-      own, so that its memory is on the same node. Otherwise no process is bound to processors.
+    * The usable processors are divided among the engines and their ranks, each of which has at least one thread. If the
+      number of memory nodes is a multiple of the number of engines, or the other way round, each engine runs on
+      processors of its own, so that its memory is on the same node. Otherwise no process is bound to processors.
     * The memory that is available now, or `cpu_memory_bytes`, is divided among engines on a CPU. An engine that is
       restarted gets the same share again, while the others have theirs.
-    * Engine i sees the i-th GPU of those that this process sees.
+    * Of the GPUs that this process sees, each engine sees as many as it has ranks, in their order.
     """
     check_replicas(config, number)
+    ranks = num_ranks(config)
     found = find_processors() if processors is None else processors
-    threads = max(1, found.usable // number) if config.threads is None else config.threads
+    threads = max(1, found.usable // (number * ranks)) if config.threads is None else config.threads
     memory = (available_memory() if config.cpu_memory_bytes is None else config.cpu_memory_bytes) // number
     shares = _bound(found, number)
     each = msgspec.structs.replace(config, threads=threads, cpu_memory_bytes=memory)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [str(i) for i in range(number)] if visible is None else [gpu for gpu in visible.split(",") if gpu]
+    gpus = [str(i) for i in range(number * ranks)] if visible is None else [gpu for gpu in visible.split(",") if gpu]
     places = tuple(
         Place(
             name=f"engine {i}: ",
             processors=None if shares is None else shares[i],
-            environment={"CUDA_VISIBLE_DEVICES": gpus[i] if i < len(gpus) else ""},
+            environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * ranks : (i + 1) * ranks])},
         )
         for i in range(number)
     )
@@ -69,6 +68,9 @@ def divide(config: EngineConfig, number: int, processors: Processors | None = No
     count = "1 thread" if threads == 1 else f"{threads} threads"
     words = (
         f"{number}; on a CPU each with {count}{where} and {format_bytes(memory)} of memory, on GPUs each with its own"
+        if ranks == 1
+        else f"{number} with {ranks} processes each; on a CPU each process with {count}, and each engine with "
+        f"{format_bytes(memory)} of memory{where}; on GPUs each process with its own"
     )
     return Division((each,) * number, places, words)
 

@@ -47,7 +47,7 @@ from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummyStep
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
 from jamba_server.engine.start.parallel import Joined, agreed, alone, choose_device, of_rank
 from jamba_server.engine.start.processors import choose_threads, find_processors
-from jamba_server.engine.start.rank_options import check_options, num_ranks
+from jamba_server.engine.start.rank_options import check_options, ranks_per_node
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
 from jamba_server.engine.start.tier_sizes import with_host_tier
@@ -251,7 +251,7 @@ def available_bytes(device: torch.device, config: EngineConfig) -> int:
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
     allowed = available_memory() if config.cpu_memory_bytes is None else config.cpu_memory_bytes
     # The ranks on a CPU share its memory.
-    return min(allowed, available_memory()) // num_ranks(config)
+    return min(allowed, available_memory()) // ranks_per_node(config)
 
 
 def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:

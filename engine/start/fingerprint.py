@@ -102,13 +102,13 @@ def fingerprint(
         "kernels": dict(sorted(kernels.names.items())),
         "batch_dependent": sorted(kernels.batch_dependent_ops),
         "requested_kernels": dict(sorted(config.kernels.items())),
-        "processor": _processor(device),
+        "processor": processor_of(device),
         "versions": [_version("jamba-server"), torch.__version__],
     }
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _processor(device: torch.device) -> list[str]:
+def processor_of(device: torch.device) -> list[str]:
     """Returns what the bits of the kernels depend on: the instruction sets in use and the compiled library, or the kind
     of GPU."""
     if device.type == "cuda":

@@ -34,6 +34,17 @@ def num_ranks(config: EngineConfig) -> int:
     return config.tensor_parallel_size * num_stages(config)
 
 
+def ranks_per_node(config: EngineConfig) -> int:
+    """Returns the number of ranks on each of the machines."""
+    return num_ranks(config) // config.nnodes
+
+
+def ranks_of_node(config: EngineConfig, node: int) -> range:
+    """Returns the ranks that run on a machine. Each has equally many, in the order of the machines."""
+    each = ranks_per_node(config)
+    return range(node * each, (node + 1) * each)
+
+
 def stages_of(config: EngineConfig, model: JambaConfig) -> tuple[Stage, ...]:
     """Returns the stages of a model. Raises ConfigError if it cannot be divided into them."""
     if config.device_map is not None:
@@ -56,6 +67,11 @@ def check_options(config: EngineConfig) -> None:
             )
         if config.device != "auto":
             check_kind(config.device_map, config.device)
+    if size * stages % config.nnodes:
+        raise ConfigError(
+            f"nnodes is {config.nnodes}, but tensor_parallel_size {size} and pipeline_parallel_size {stages} make "
+            f"{size * stages} ranks; each node must have equally many."
+        )
     if stages > 1 and config.async_scheduling:
         raise ConfigError(
             f"async_scheduling does not work with pipeline_parallel_size {stages}, which has several steps in flight "

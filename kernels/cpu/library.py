@@ -28,8 +28,8 @@ sets can also run the code for all earlier ones of the same processors. `portabl
 """
 
 EMULATED, NEON_EMULATED = "amx-emulated", "neon_bf16-emulated"
-"""The levels at which matrix products, and attention, of bfloat16 compute in other instructions what `amx` and `neon_bf16` compute.
-They are for tests."""
+"""The levels at which matrix products and attention of bfloat16 compute in other instructions what `amx` computes, and
+matrix products what `neon_bf16` computes. They are for tests."""
 
 ALL_LEVELS = (*LEVELS, EMULATED, NEON_EMULATED)
 _NUMBERS = {level: number for number, level in enumerate(ALL_LEVELS)}
@@ -129,7 +129,8 @@ class Library:
     def set_level(self, level: str) -> None:
         """Makes the library use the instruction set `level`, for tests. Raises ValueError if the CPU lacks `level`.
 
-        With an emulated level, kernels other than matrix products and attention use the machine's highest instruction set.
+        With an emulated level, kernels other than matrix products and attention use the machine's highest instruction
+        set.
         """
         wanted = self.number(level)
         self.function("set_level", INT, result=INT)(wanted)

@@ -27,6 +27,11 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP with OpenAI's API."""
     configure_logging(config.log_level.upper(), config.log_format)
     greet(config)
+    if (nodes := config.nodes()) is not None and nodes.rank > 0:
+        from jamba_server.server.cli.node import run_node
+
+        run_node(config, nodes)
+        return
     # The socket is bound before the model loads, so that an error is reported at once if the port is in use.
     listener = bind(config.host, config.port)
     # If a client does not read, the HTTP code ends its stream after `send_timeout` seconds. But bytes may still wait in
@@ -54,7 +59,7 @@ def greet(config: ServerConfig) -> None:
     """Logs the version, the model and the options that differ from their defaults."""
     logger.info("jamba-server %s: %s", package_version(), config.model or DESCRIPTION)
     logger.info("options   %s", json.dumps(config.non_defaults(), ensure_ascii=False))
-    if not config.needs_key and not is_loopback(config.host):
+    if config.node_rank == 0 and not config.needs_key and not is_loopback(config.host):
         logger.warning(
             "listening on %s without --api-key: everyone who reaches this address may use the server", config.host
         )

@@ -19,6 +19,7 @@ import uvloop
 from fastapi import FastAPI
 
 from jamba_server.engine.errors import EngineDead
+from jamba_server.engine.nodes.client import NodesClient
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.replicas.engines import Engines
@@ -214,6 +215,8 @@ def open_engine(config: ServerConfig, model: Path, on_progress: Callable[[str, f
         "max_queue_requests": config.max_queue_requests,
         "on_progress": on_progress,
     }
+    if (nodes := config.nodes()) is not None:
+        return NodesClient(config.engine(model), nodes, **settings)
     if config.data_parallel_size > 1:
         return Engines(config.engine(model), config.data_parallel_size, **settings)
     return EngineClient(config.engine(model), **settings)

@@ -26,7 +26,7 @@ LOCAL = (
     *(
         name
         for name in EngineConfig.__struct_fields__
-        if name not in ("model", "seed", "max_num_seqs", "enable_priority")
+        if name not in ("model", "seed", "max_num_seqs", "enable_priority", "nnodes")
     ),
 )
 

@@ -1,15 +1,18 @@
-"""LLM: runs a model in the caller's process, for scripts and tests. The class tokenises prompts, applies chat templates
-and cuts replies at stop strings with the server's own code."""
+"""LLM: runs a model for scripts and tests, without a server. The engine is in the caller's process, or in processes of
+its own if several ones divide the model (`tensor_parallel_size`, `pipeline_parallel_size`). The class tokenises
+prompts, applies chat templates and cuts replies at stop strings with the server's own code."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -19,10 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jamba_server.engine.checkpoint import TOKENIZER_FILE, open_checkpoint
+from jamba_server.engine.core import EngineCore
 from jamba_server.engine.errors import ConfigError, EngineFailed, RequestRejected
+from jamba_server.engine.process.blocking import BlockingEngine
 from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.start.build import build_engine
+from jamba_server.engine.start.rank_options import num_ranks
 from jamba_server.engine.types import (
+    EngineInfo,
     FinishReason,
     Pooling,
     Request,
@@ -83,7 +90,7 @@ class LLM:
     `model` is a folder or a hub id, which is downloaded. Without it the demonstration checkpoint is loaded. Keyword
     arguments are the options of `jamba serve` that concern the model (`SETTINGS`), with underscores. They raise the
     same errors as there: ConfigError, and CheckpointError for a model that cannot be loaded. JAMBA_* environment
-    variables are not read.
+    variables are not read. With several processes, `close` or a `with` block ends them.
 
     Keyword arguments of `generate` and `chat` are the fields of SamplingParams. As on the server, the defaults of
     absent ones come from the checkpoint's generation_config.json. If a `SamplingParams` is passed instead, absent
@@ -101,10 +108,35 @@ class LLM:
                 self._tokenizer = Tokenizer.from_folder(self._tokenizer_folder)
                 override = None if config.chat_template is None else Path(config.chat_template)
                 self._template = ChatTemplate.from_folder(folder, self._tokenizer, override)
-            self.core = build_engine(config.engine(folder))
-        for warning in self.core.info.warnings:
+            options = config.engine(folder)
+            self._engine = _InProcess(build_engine(options)) if num_ranks(options) == 1 else BlockingEngine(options)
+        for warning in self.info.warnings:
             logger.warning("%s", warning)
         self._num_prompts = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        """The properties of the model and the sizes that were chosen."""
+        return self._engine.info
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine in this process. Raises ConfigError if the engine has processes of its own."""
+        if isinstance(self._engine, BlockingEngine):
+            raise ConfigError("LLM: with several processes, the engine is not in this one; `info` has its properties.")
+        return self._engine.core
+
+    def close(self) -> None:
+        """Ends the processes of the engine, if it has any. They end with this process, too."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self,
@@ -145,7 +177,7 @@ class LLM:
         conversations into prompts. The other arguments are those of the method `generate`. If neither `max_tokens` nor
         `params` is given, only the context length limits a reply."""
         template = self._chat_template()
-        sampled = self._sampling(params, sampling, max_tokens=self.core.info.max_model_len)
+        sampled = self._sampling(params, sampling, max_tokens=self.info.max_model_len)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
         specs: list[GenerationSpec] = []
         for turns in split_conversations(messages):
@@ -162,13 +194,13 @@ class LLM:
         return [unit_vector(numbers) for numbers in found] if use_activation else found
 
     def classify(self, inputs: Inputs) -> list[list[float]]:
-        """Returns the probabilities of the labels (`core.info.labels`) of each input (a text or a list of token ids).
+        """Returns the probabilities of the labels (`info.labels`) of each input (a text or a list of token ids).
         Raises RequestRejected, also if the model is not a classifier."""
-        problem = self.core.info.problem_type
+        problem = self.info.problem_type
         return [probabilities(numbers, problem) for numbers in self._vectors(inputs, "classify", "last")]
 
     def _vectors(self, inputs: Inputs, kind: RequestKind, pooling: Pooling) -> list[Numbers]:
-        info = self.core.info
+        info = self.info
         validate_kind(kind, info)
         requests: list[Request] = []
         for prompt in split_prompts(inputs):
@@ -179,13 +211,8 @@ class LLM:
             requests.append(
                 Request(id=f"llm-{self._num_prompts}", prompt=ids, params=params, kind=kind, pooling=pooling)
             )
-        self.core.inbox.submit(requests)
-        found: dict[str, bytes] = {}
-        try:
-            while len(found) < len(requests) or self.core.has_work:
-                found |= {update.request_id: update.vector or b"" for update in self.core.step().updates}
-        finally:
-            self.core.inbox.abort([request.id for request in requests if request.id not in found])
+        with closing(self._engine.run(requests)) as updates:
+            found = {update.request_id: update.vector or b"" for update in updates}
         return [np.frombuffer(found[request.id], dtype="<f4") for request in requests]
 
     # Tokenizer and chat template --------------------------------------------------------------------------------
@@ -245,33 +272,61 @@ class LLM:
         # each prompt gets a random seed of its own, so that equal prompts get different replies
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
-        prompt = admit_prompt(token_ids, params, self.core, param=param, save_positions=saves)
+        prompt = admit_prompt(token_ids, params, self, param=param, save_positions=saves)
         self._num_prompts += 1
         return GenerationSpec(id=f"llm-{self._num_prompts}", prompts=(prompt,), n=n, text=options)
 
     def _run(self, specs: Sequence[GenerationSpec], progress: bool | None) -> list[Completion]:
         replies = [_Reply(request, self._tokenizer, spec.text) for spec in specs for request in spec.requests()]
         open_ = {reply.request.id: reply for reply in replies}
-        self.core.inbox.submit([reply.request for reply in replies])
-        with progress_bar(len(replies), progress) as bar:
+        # After an interrupt, the generator is closed, so that the next call does not run these requests.
+        running = closing(self._engine.run([reply.request for reply in replies]))
+        with progress_bar(len(replies), progress) as bar, running as updates:
             task = bar.add_task("generating", total=len(replies))
-            try:
-                while open_ or self.core.has_work:
-                    if not self.core.has_work:
-                        # the engine has no work while the grammars of new requests are still being compiled
-                        self.core.inbox.wait()
-                    for update in self.core.step().updates:
-                        reply = open_.get(update.request_id)
-                        if reply is not None and reply.take(update):
-                            del open_[update.request_id]
-                            # The engine does not know stop strings, so the engine would go on generating after a stop
-                            # string. This call therefore aborts a request whose reply has reached a stop string.
-                            if update.finish_reason is None:
-                                self.core.inbox.abort([update.request_id])
-                            bar.advance(task)
-            finally:
-                self.core.inbox.abort(list(open_))  # after an interrupt, the next call must not run these requests
+            for update in updates:
+                reply = open_.get(update.request_id)
+                if reply is not None and reply.take(update):
+                    del open_[update.request_id]
+                    # The engine does not know stop strings, so the engine would go on generating after a stop string.
+                    # This call therefore aborts a request whose reply has reached a stop string.
+                    if update.finish_reason is None:
+                        self._engine.abort(update.request_id)
+                    bar.advance(task)
         return [reply.completion for reply in replies]
+
+
+class _InProcess:
+    """An engine in this process, with the interface of `BlockingEngine`."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._open: set[str] = set()  # the ids of the requests that have not ended
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.core.info
+
+    def run(self, requests: list[Request]) -> Generator[TokenUpdate]:
+        self._open = {request.id for request in requests}
+        self.core.inbox.submit(requests)
+        try:
+            while self._open or self.core.has_work:
+                if not self.core.has_work:
+                    # the engine has no work while the grammars of new requests are still being compiled
+                    self.core.inbox.wait()
+                for update in self.core.step().updates:
+                    if update.finish_reason:
+                        self._open.discard(update.request_id)
+                    yield update
+        finally:
+            self.core.inbox.abort(sorted(self._open))
+
+    def abort(self, request_id: str) -> None:
+        self._open.discard(request_id)
+        self.core.inbox.abort([request_id])
+
+    def close(self) -> None:
+        """Does nothing: the engine ends with the last reference to it."""
 
 
 class _Reply:

@@ -37,7 +37,7 @@ from tests.kernels.cases import (
 )
 from tests.kernels.oracle import Array
 
-pytestmark = pytest.mark.parametrize("native", (*LEVELS, EMULATED), indirect=True)
+pytestmark = pytest.mark.parametrize("native", [*LEVELS, EMULATED], indirect=True)
 
 THREADS = (1, 2, 3)
 SCALE = 0.3

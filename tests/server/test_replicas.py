@@ -113,6 +113,6 @@ async def test_two_engines_answer_as_one() -> None:
 
 
 def test_what_does_not_work_with_several_engines_is_refused() -> None:
-    config = ServerConfig(data_parallel_size=2, tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match="tensor_parallel_size 2 does not work with data_parallel_size 2"):
+    config = ServerConfig(data_parallel_size=2, state_cache_host_bytes=1)
+    with pytest.raises(ConfigError, match="state_cache_host_bytes 1 does not work with data_parallel_size 2"):
         open_engine(config, demo_folder(), lambda phase, fraction: None)

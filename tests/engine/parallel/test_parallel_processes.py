@@ -58,7 +58,7 @@ def is_running(pid: int) -> bool:
 
 
 async def all_end(pids: list[int]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while any(map(is_running, pids)):
             await asyncio.sleep(0.01)
 

@@ -55,11 +55,22 @@ def test_memory_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [place.name for place in division.places] == ["engine 0: ", "engine 1: ", "engine 2: "]
 
 
+def test_engines_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has a thread or more, and a GPU of its own; the memory is that of an engine, whose ranks share it."""
+    config = msgspec.structs.replace(CONFIG, tensor_parallel_size=2, pipeline_parallel_size=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(f"GPU-{i}" for i in range(7)))
+    division = divide(config, 2, Processors((tuple(range(8)), tuple(range(8, 17)))))
+    assert [own.threads for own in division.configs] == [2, 2]
+    assert [own.cpu_memory_bytes for own in division.configs] == [500, 500]
+    assert [place.processors for place in division.places] == [tuple(range(8)), tuple(range(8, 17))]
+    visible = [place.environment["CUDA_VISIBLE_DEVICES"] for place in division.places]
+    assert visible == ["GPU-0,GPU-1,GPU-2,GPU-3", "GPU-4,GPU-5,GPU-6"], "the second has too few, which it refuses"
+    assert "2 with 4 processes each; on a CPU each process with 2 threads, " in division.description
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tensor_parallel_size", 2),
-        ("pipeline_parallel_size", 2),
         ("state_cache_host_bytes", 1),
         ("state_cache_disk_path", "/nowhere"),
     ],
