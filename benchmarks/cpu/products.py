@@ -69,7 +69,7 @@ def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int], 
     linear, dense = Linear(), torch.randn(outputs, inputs, dtype=dtype)
     packed = {
         str(dtype).removeprefix("torch."): rotated(dense, linear),
-        **{name: rotated(quantize(torch.randn(outputs, inputs), name), linear) for name in formats},
+        **{name: rotated(quantize(torch.randn(outputs, inputs), name), linear) for name in FORMATS if name in formats},
     }
     plain = [dense.clone() for _ in range(max(2, ROTATED_BYTES // (dense.numel() * dtype.itemsize)))]
     print(f"{'rows':>6} {'weights':>9} {'ms':>9} {'GB/s':>6} {'TFLOP/s':>8} {'times torch':>12}")
@@ -96,7 +96,11 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=2560, help="number of columns of the weight")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows of the activations")
     parser.add_argument(
-        "--formats", nargs="+", default=tuple(FORMATS), help="formats of weights to compare with --dtype"
+        "--formats",
+        nargs="+",
+        default=tuple(FORMATS),
+        choices=tuple(FORMATS),
+        help="formats of weights to compare with --dtype",
     )
     parser.add_argument("--level", choices=LEVELS, help="instruction set to use instead of the best available one")
     options = parser.parse_args()
