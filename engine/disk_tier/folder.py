@@ -145,6 +145,7 @@ class SegmentFolder:
         self._known: set[str] = set()  # names that the last scan has found, whether they can be used or not
         self._scanned = 0  # modification time of the folder at the last scan, in nanoseconds
         self._new: dict[bytes, int] = {}  # the keys of files that are not synchronised yet, with their descriptors
+        self._lost: list[bytes] = []  # the keys of deleted files that the next call of `synchronise` returns
         self._tag = secrets.token_hex(4)  # tells apart the temporary names of several folder objects of a process
         self._number = 0  # how many temporary names were given
         self._counts_found = False  # whether `usage` lacks the files that the next scan will find
@@ -239,7 +240,7 @@ class SegmentFolder:
         if not replace and os.path.lexists(path):
             return 0
         if len(self._new) >= _MOST_OPEN:
-            self.synchronise()
+            self._lost = self.synchronise()
         unfinished = self.unfinished(segment.key)
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -281,7 +282,7 @@ class SegmentFolder:
         """Makes all files that were written durable, and their names. A file that the system cannot write to the disk
         is deleted. Returns the keys of deleted files."""
         new, self._new = self._new, {}
-        lost: list[bytes] = []
+        lost, self._lost = self._lost, []
         for key, descriptor in new.items():
             try:
                 os.fsync(descriptor)

@@ -11,24 +11,20 @@ from prometheus_client.registry import Collector
 
 from jamba_server.server.http.prefill.in_flight import BytesInFlight
 
-# How a hand-over ended. The segments came over HTTP, or were in a folder that both servers use. In all other cases this
-# server computes the prompt: no connection, or one that broke; the prefill server refused the request; it has another
-# model, version or processor; what came was not what was sent; the time was over; all prefill servers rest after
-# failures; there are more bytes than --prefill-max-bytes; the disk tier of this server is not open yet or did not take
-# the segments. "abandoned": the client has left.
+# How a hand-over ended. After all results but the first two, this server computes what has not come of the prompt.
 Result = Literal[
-    "received",
-    "found",
-    "unreachable",
-    "refused",
-    "other_model",
-    "damaged",
-    "timeout",
-    "resting",
-    "too_large",
-    "not_open",
-    "not_written",
-    "abandoned",
+    "received",  # the segments came over HTTP
+    "found",  # the segments were in a folder that both servers use
+    "unreachable",  # no connection could be made, or it broke
+    "refused",  # the prefill server has refused the request
+    "other_model",  # the prefill server has another model, version or processor
+    "damaged",  # what came is not what was sent
+    "timeout",  # it has taken longer than --prefill-timeout
+    "resting",  # all prefill servers have failed a short time ago
+    "too_large",  # the segments have more bytes than --prefill-max-bytes
+    "not_open",  # the disk tier of this server is not open yet
+    "not_written",  # the disk tier of this server could not keep the segments
+    "abandoned",  # the client has left
 ]
 RESULTS: tuple[Result, ...] = get_args(Result)
 

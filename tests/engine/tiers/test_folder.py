@@ -191,6 +191,21 @@ def test_files_are_synchronised_before_too_many_are_open(tmp_path: Path, monkeyp
     assert len(synchronised) == 33 + 9
 
 
+def test_no_lost_file_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that cannot be synchronised in the middle of a burst are reported, too."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    folder = open_folder(tmp_path)
+    parts = [part for seed in range(20) for part in conversation(seed, 2)]
+    for part in parts:
+        folder.write(part)
+    assert folder.synchronise() == [part.key for part in parts]
+    assert folder.synchronise() == [] == files_in(tmp_path)
+
+
 def test_a_small_budget(tmp_path: Path) -> None:
     """The tier never has more than its budget, and segments that do not fit at all are refused."""
     folder = open_folder(tmp_path, max_bytes=25_000)
