@@ -12,55 +12,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import httpx
 import ray
 
 from deploy.ray_ranks import Cluster
+from deploy.trial import PATIENCE, check, processes, say, until
 
-PATIENCE = 300.0
 MARK = "TRY_RAY_RANKS"
 RANK, SERVER = b"jamba_server.engine.process.rank", b"jamba_server"
-
-
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def check(what: str, fact: bool, shown: object = "") -> None:
-    say(f"{what}: {'yes' if fact else 'NO'} {shown}")
-    if not fact:
-        sys.exit(1)
-
-
-def until(what: str, done: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        if time.monotonic() > deadline:
-            sys.exit(f"{what}: not within {PATIENCE:g} s")
-        time.sleep(0.2)
-    say(f"{what}: yes")
-
-
-def processes(module: bytes) -> dict[int, int]:
-    """The ids of the processes of this trial that run `python -m MODULE`, with those of their parents."""
-    found, mark = dict[int, int](), f"{MARK}={os.getpid()}".encode()
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_bytes().split(b"\0")
-            variables = (path / "environ").read_bytes().split(b"\0")
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if module in command and mark in variables:
-            found[int(path.name)] = parent
-    return found
 
 
 def free_port() -> int:
@@ -83,19 +44,19 @@ def try_chats(url: str, cluster: Cluster) -> None:
     before = [ask(number) for number in range(10)]
     check("ten chats", [status for status, _ in before] == [200] * 10)
 
-    [(victim, agent)] = processes(RANK).items()
+    [(victim, agent)] = processes(MARK, RANK).items()
     say(f"killing rank 1, process {victim} of node 1")
     os.kill(victim, signal.SIGKILL)
     check("ten more chats have the same texts", [ask(number) for number in range(10)] == before)
-    check("the rank is another process of the same node", [*processes(RANK).values()] == [agent])
+    check("the rank is another process of the same node", [*processes(MARK, RANK).values()] == [agent])
 
-    actor = processes(SERVER)[agent]
+    actor = processes(MARK, SERVER)[agent]
     say(f"killing the actor of node 1, process {actor}")
     os.kill(actor, signal.SIGKILL)
-    until("its server and its rank end with it", lambda: agent not in processes(SERVER))
+    until("its server and its rank end with it", lambda: agent not in processes(MARK, SERVER))
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(ask, number) for number in range(10)]
-        until("node 1 is started again", lambda: cluster.check() is None and len(processes(RANK)) == 1)
+        until("node 1 is started again", lambda: cluster.check() is None and len(processes(MARK, RANK)) == 1)
         check("ten more chats have the same texts", [reply.result() for reply in waiting] == before)
 
 
@@ -119,7 +80,7 @@ def main() -> None:
     until("two nodes are ready", is_ready)
     try_chats(url, cluster)
     check("the servers end with status 0", cluster.stop() == [0, 0])
-    until("no process is left", lambda: not processes(RANK) and not processes(SERVER))
+    until("no process is left", lambda: not processes(MARK, RANK) and not processes(MARK, SERVER))
     ray.shutdown()
 
 

@@ -13,10 +13,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,9 +21,9 @@ import ray
 from ray import serve
 
 from deploy.ray_serve import build
+from deploy.trial import PATIENCE, check, processes, say, until
 
 URL = "http://127.0.0.1:8199"
-PATIENCE = 300.0
 MARK = "TRY_RAY_SERVE"
 
 
@@ -37,37 +34,7 @@ def chat(messages: list[dict[str, str]], **fields: Any) -> httpx.Response:
 
 def servers() -> dict[int, int]:
     """The process ids of `jamba serve`, each with that of its replica, which are children of this machine's Ray."""
-    found, mark = dict[int, int](), f"{MARK}={os.getpid()}".encode()
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_bytes().split(b"\0")
-            variables = (path / "environ").read_bytes().split(b"\0")
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if command[1:4] == [b"-m", b"jamba_server", b"serve"] and mark in variables:
-            found[int(path.name)] = parent
-    return found
-
-
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def until(what: str, done: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        if time.monotonic() > deadline:
-            sys.exit(f"{what}: not within {PATIENCE:g} s")
-        time.sleep(0.5)
-    say(f"{what}: yes")
-
-
-def check(what: str, fact: bool, shown: object = "") -> None:
-    say(f"{what}: {'yes' if fact else 'NO'} {shown}")
-    if not fact:
-        sys.exit(1)
+    return processes(MARK, b"jamba_server")
 
 
 def clients(number: int) -> list[int]:
