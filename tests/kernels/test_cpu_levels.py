@@ -126,6 +126,22 @@ def test_long_contexts_have_the_same_bits_however_they_come(
         assert_same(decode(q[[end - 1 for end in ends]], together, SCALE), whole[[end - 1 for end in ends]])
 
 
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_reaches_no_earlier_token(native: Library, bad: float, dtype: torch.dtype) -> None:
+    assert native.level()
+    k, v = test_attention.keys_and_values(200, 2, 40, dtype)
+    q = random(200, 6, 40, dtype=dtype, seed=9)
+
+    def attend(v: Tensor) -> Tensor:
+        return AttentionPrefill()(q, long_pages([(k, v)], 0), test_attention.query_start([200]), 200, SCALE)
+
+    spoilt = v.clone()
+    spoilt[150, 1, 7] = bad
+    assert_same(attend(spoilt)[:150], attend(v)[:150])
+    assert not attend(spoilt)[150:].isfinite().all()
+
+
 def same_with_any_threads(native: Library, run: Callable[[], Sequence[Tensor]]) -> None:
     native.set_threads(THREADS[0])
     alone = run()

@@ -6,7 +6,8 @@
 // values has 16 elements as its columns and 16 pairs of neighbouring keys as its rows. Both are made once for all query
 // rows. Every score, and every weighted sum, is one element of a matrix tile, which adds its products in the same order
 // for any number of query rows. A key that a query row does not attend to has a softmax weight of zero, which changes no
-// sum if the value is finite. The next block is prefetched into the L2 cache, because its tiles are made from there.
+// sum if the value is finite. If it is not, each query row gets tiles of the values that it attends to. The next block is
+// prefetched into the L2 cache, because its tiles are made from there.
 using Query = bf16;
 constexpr int64_t LANES = 32;                  // Rows of queries are filled with zeros to a multiple of LANES elements.
 constexpr int64_t GROUP_ROWS = 2 * TILE_ROWS;  // the number of query rows that are multiplied together
@@ -183,14 +184,13 @@ INLINE void weigh(const float* products, int64_t count, int64_t width, float sca
     store(softmax + WEIGHT_SUM, sum);
 }
 
-// Updates the running softmaxes of at most GROUP_ROWS query rows, from query row `first` on, with the matrix tiles of a
-// block of n keys. `start` is the position of the block's first key in the sequence. `memory` has room for the scores and
+// Updates the running softmaxes of `rows` query rows, at most GROUP_ROWS, from query row `first` on, with the matrix tiles
+// of a block of n keys. `start` is the position of the block's first key in the sequence. `memory` has room for the scores and
 // the softmax weights of the query rows. If AHEAD is true, the products prefetch a quarter of the next block.
 template <bool AHEAD>
-INLINE void attend_group(TileSet& set, const Tile<Query>& tile, const Query* q, int64_t first, const char* keys,
-                         const char* values, int64_t start, int64_t n, float* memory, float* softmax,
+INLINE void attend_group(TileSet& set, const Tile<Query>& tile, const Query* q, int64_t first, int64_t rows,
+                         const char* keys, const char* values, int64_t start, int64_t n, float* memory, float* softmax,
                          Ahead* ahead) {
-    const int64_t left = tile.rows - first, rows = left < GROUP_ROWS ? left : GROUP_ROWS;
     const int64_t stride = SOFTMAX + tile.padded, key_steps = tile.padded / STEP, value_tiles = tile.padded / 16;
     const int64_t seen = tile.visible(first + rows - 1) - start;
     if (seen <= 0) return;
@@ -223,18 +223,41 @@ INLINE void attend_group(TileSet& set, const Tile<Query>& tile, const Query* q, 
     TILE_INPUTS_WRITTEN();
 }
 
+// Returns whether no element of the first n values of a block is infinite or NaN.
+INLINE bool has_finite_values(const Tile<Query>& tile, const KeyBlock<bf16, bf16>& block, int64_t n) {
+    uint16_t largest = 0;
+    for (int64_t j = 0; j < n; j++) {
+        for (int64_t z = 0; z < tile.size; z++) {
+            const uint16_t magnitude = block.values[j][z].bits & 0x7fff;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+    }
+    return largest < 0x7f80;
+}
+
 // Updates the running softmaxes of a tile's query rows with one block of keys and values of one KV head.
 inline void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<bf16, bf16>& block, int64_t start,
                          int64_t n, float* softmax) {
     const int64_t bytes = BLOCK * tile.padded * sizeof(bf16);
     auto* const keys = (char*)scratch(3, 2 * bytes + GROUP_ROWS * BLOCK * (sizeof(float) + sizeof(bf16)));
     char* const values = keys + bytes;
-    make_key_tiles(tile, block, n, keys);
-    make_value_tiles(tile, block, n, values);
-    TileSet set;
     auto* const memory = (float*)(values + bytes);
-    attend_group<true>(set, tile, q, 0, keys, values, start, n, memory, softmax, block.ahead);
-    for (int64_t r = GROUP_ROWS; r < tile.rows; r += GROUP_ROWS) {
-        attend_group<false>(set, tile, q, r, keys, values, start, n, memory, softmax, nullptr);
+    const bool see_all = tile.visible(0) - start >= n, together = see_all || has_finite_values(tile, block, n);
+    make_key_tiles(tile, block, n, keys);
+    TileSet set;
+    if (together) {
+        make_value_tiles(tile, block, n, values);
+        for (int64_t r = 0; r < tile.rows; r += GROUP_ROWS) {
+            const int64_t left = tile.rows - r, rows = left < GROUP_ROWS ? left : GROUP_ROWS;
+            if (r == 0) attend_group<true>(set, tile, q, r, rows, keys, values, start, n, memory, softmax, block.ahead);
+            else attend_group<false>(set, tile, q, r, rows, keys, values, start, n, memory, softmax, nullptr);
+        }
+        return;
+    }
+    for (int64_t r = 0; r < tile.rows; r++) {
+        const int64_t visible = tile.visible(r) - start, count = visible < n ? visible : n;
+        if (count <= 0) continue;
+        make_value_tiles(tile, block, count, values);
+        attend_group<false>(set, tile, q, r, 1, keys, values, start, count, memory, softmax, nullptr);
     }
 }
