@@ -1,5 +1,6 @@
 """Exact on many threads, and on several memory nodes: the same tokens and log-probabilities, bit for bit, as on one
-thread. Every thread takes a part of every kernel that has enough work, although there are fewer processors."""
+thread. Every thread takes a part of every kernel that has enough work, or the threads take turns, although there are
+fewer processors."""
 
 from __future__ import annotations
 
@@ -32,16 +33,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def together() -> Iterator[Library]:
+def native() -> Iterator[Library]:
     try:
         found = library()
     except KernelUnavailable as error:
         pytest.skip(str(error))
-    found.set_together(True)
     yield found
-    found.set_together(False)
     found.set_nodes([sorted(os.sched_getaffinity(0))])
     library()  # as many threads as torch has, as before
+
+
+@pytest.fixture
+def together(native: Library) -> Iterator[Library]:
+    native.set_together(True)
+    yield native
+    native.set_together(False)
 
 
 def replies(llm: LLM) -> list[Any]:
@@ -62,6 +68,20 @@ def test_threads(folder: Path, case: tuple[str, list[Any]], together: Library, t
     together.set_threads(threads)
     assert replies(llm) == alone
     assert min(together.pieces_taken(threads)) > 0
+
+
+def test_threads_in_turns(folder: Path, case: tuple[str, list[Any]], native: Library) -> None:
+    """In the usual mode few of 64 threads work at a time, and each of them does after enough replies."""
+    threads, generated = 64, 0
+    if len(os.sched_getaffinity(0)) >= threads:
+        pytest.skip("64 threads must be more than the processors")
+    form, alone = case
+    llm = load(folder, form)
+    native.set_threads(threads)
+    while generated == 0 or min(native.pieces_taken(threads)) == 0:
+        assert generated < 1000, native.pieces_taken(threads)
+        assert replies(llm) == alone
+        generated += 1
 
 
 def test_two_nodes(

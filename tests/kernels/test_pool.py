@@ -47,6 +47,21 @@ def test_every_thread_takes_a_part(driver: Path, threads: int) -> None:
     assert run(driver, "together", threads).startswith(f"ok: each of {threads} threads took at least ")
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(("threads", "processors"), [(3, 2), (64, 2), (192, 2), (40, 24), (33, 5), (3, 1)])
+def test_workers_take_turns_with_more_threads_than_processors(
+    driver: Path, threads: int, processors: int, nodes: int
+) -> None:
+    """The pool is told how many processors there are. The nodes are made up from those that this process may use."""
+    assert run(driver, "turns", threads, processors, nodes) == f"ok: each of {threads} threads had work\n"
+
+
+@pytest.mark.parametrize(("threads", "processors"), [(1, 1), (2, 2), (3, 8), (8, 8)])
+def test_no_worker_passes_its_turn_on_with_enough_processors(driver: Path, threads: int, processors: int) -> None:
+    expected = f"ok: no turns with {threads} threads on {processors} processors\n"
+    assert run(driver, "turns", threads, processors, 1) == expected
+
+
 def test_threads_take_pieces_of_their_own_node_first(driver: Path) -> None:
     processors = sorted(os.sched_getaffinity(0))
     if len(processors) < 2:
@@ -57,17 +72,23 @@ def test_threads_take_pieces_of_their_own_node_first(driver: Path) -> None:
 
 
 @pytest.fixture
-def together() -> Iterator[Library]:
-    """The library in the mode in which every thread that a product has pieces for takes one."""
+def native() -> Iterator[Library]:
+    """The library, whose threads and nodes are set back after the test."""
     try:
         found = library()
     except KernelUnavailable as error:
         pytest.skip(str(error))
-    found.set_together(True)
     yield found
-    found.set_together(False)
     found.set_nodes([sorted(os.sched_getaffinity(0))])
     library()  # as many threads as torch has, as before
+
+
+@pytest.fixture
+def together(native: Library) -> Iterator[Library]:
+    """The library in the mode in which every thread that a product has pieces for takes one."""
+    native.set_together(True)
+    yield native
+    native.set_together(False)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 64, 192])
@@ -80,6 +101,25 @@ def test_a_product_on_many_threads(together: Library, threads: int, rows: int) -
     together.set_threads(threads)
     assert_same(linear(x, packed), expected)
     assert min(together.pieces_taken(threads)) > 0
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_products_of_workers_that_take_turns(native: Library, nodes: int) -> None:
+    processors = sorted(os.sched_getaffinity(0))
+    if not nodes <= len(processors) < 64:
+        pytest.skip("64 threads must be more than the processors, and each node needs a processor")
+    linear, x = Linear(), random(3, 256, seed=1, dtype=torch.bfloat16)
+    packed = linear.pack(random(2048, 256, seed=2, dtype=torch.bfloat16))
+    native.set_threads(1)
+    expected = linear(x, packed)
+    native.set_nodes([processors[node::nodes] for node in range(nodes)])
+    native.set_threads(64)
+    products = 0
+    while min(native.pieces_taken(64)) == 0:
+        assert products < 100_000, native.pieces_taken(64)
+        for _ in range(100):
+            assert_same(linear(x, packed), expected)
+        products += 100
 
 
 def test_a_description_of_nodes_is_checked(together: Library) -> None:

@@ -1,17 +1,20 @@
 // This program tests the thread pool of the CPU kernels (kernels/cpu/src/pool.h) without the kernels.
 //
-//   driver fuzz SEED ROUNDS      random jobs: sizes, threads, nodes, nested jobs, several callers, forks
+//   driver fuzz SEED ROUNDS      random jobs: sizes, threads, nodes, turns, nested jobs, several callers, forks
 //   driver together THREADS      every thread takes a part of one job; prints how many ranges each thread took
+//   driver turns THREADS PROCESSORS NODES    workers take turns until each has had work
 //   driver nodes FIRST SECOND    two nodes with one processor each: where pieces of a job and pages of memory go
 //   driver barrier THREADS       the time of a job in which all threads wait for each other
 //
 // It ends with status 0 and a line that begins with "ok", or prints what is wrong.
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -62,14 +65,17 @@ void random_job(Random& random, int depth) {
     const bool in_runs = below(random, 2), nests = depth < 2 && below(random, 4) == 0;
     std::vector<int> counts(size_t(n), 0);
     const uint64_t seed = random();
-    run(n, grain, in_runs, [&](int64_t begin, int64_t end) {
+    const int64_t middle = below(random, n + 1), shares[] = {0, middle, n};
+    const bool divides = n > 0 && pool.nodes().count == 2 && below(random, 2);
+    const auto body = [&](int64_t begin, int64_t end) {
         if (begin < 0 || begin >= end || end > n) fail("a range is empty or out of bounds");
         for (int64_t i = begin; i < end; i++) counts[size_t(i)]++;
         if (nests && begin % 97 == 0) {
             Random own(seed + uint64_t(begin));
             random_job(own, depth + 1);
         }
-    });
+    };
+    run(n, grain, in_runs, body, divides ? shares : nullptr);
     for (int count : counts) {
         if (count != 1) fail("an item was not run exactly once");
     }
@@ -93,10 +99,13 @@ void fork_and_run(Random& random) {
 
 void fuzz(uint64_t seed, int64_t rounds) {
     constexpr int64_t THREADS[] = {1, 2, 3, 4, 7, 15, 16, 17, 33, 64, 192};
+    constexpr int64_t PROCESSORS[] = {0, 0, 1, 2, 5, 24}, TURN_PIECES[] = {1, 30, Pool::TURN_PIECES};
+    int64_t turns = 0;
     Random random(seed);
     for (int64_t round = 0; round < rounds; round++) {
         if (below(random, 3) == 0) pool.set_nodes(made_up(1 + below(random, 2)));
         pool.set_threads(THREADS[below(random, 11)]);
+        if (below(random, 3) == 0) pool.set_turns(PROCESSORS[below(random, 6)], TURN_PIECES[below(random, 3)]);
         pool.set_together(below(random, 4) == 0);
         if (below(random, 4) == 0) usleep(useconds_t(below(random, 300)));  // some workers fall asleep
         std::vector<std::thread> callers;
@@ -112,7 +121,9 @@ void fuzz(uint64_t seed, int64_t rounds) {
         for (int64_t jobs = below(random, 20); jobs >= 0; jobs--) random_job(random, 0);
         if (forks) fork_and_run(random);
         for (auto& caller : callers) caller.join();
+        turns += pool.turns();
     }
+    if (rounds >= 20 && turns == 0) fail("no worker has passed its turn on");
     std::printf("ok: %ld rounds with seed %lu\n", long(rounds), static_cast<unsigned long>(seed));
 }
 
@@ -134,6 +145,38 @@ void together(int64_t threads) {
     for (int64_t count : taken) least = count < least ? count : least;
     if (threads > 1 && least < 10) fail("a thread had no part in a job");
     std::printf("ok: each of %ld threads took at least %ld ranges in 10 jobs\n", long(threads), long(least));
+}
+
+// If there are fewer processors than threads, each worker has work after enough turns, and no more threads take part in
+// a job than are on duty. If there are enough processors, there are no turns.
+void take_turns(int64_t threads, int64_t processors, int64_t nodes) {
+    constexpr int64_t N = 200;
+    const bool in_turns = threads > processors;
+    pool.set_nodes(made_up(nodes));
+    pool.set_turns(processors, 20);
+    if (pool.set_threads(threads) != threads) fail("the threads cannot be started");
+    static std::atomic<int> seen{0};
+    std::vector<int> by(N);
+    std::vector<int64_t> taken(static_cast<size_t>(threads), 0);
+    int64_t jobs = 0;
+    for (int64_t least = 0; in_turns ? least == 0 : jobs < 200; jobs++) {
+        if (jobs == 100'000) fail("a worker has had no work");
+        run(N, 1, jobs % 2, [&](int64_t i, int64_t end) {
+            static thread_local const int number = seen.fetch_add(1);
+            for (volatile int spent = 0; i < end; i++) {
+                by[size_t(i)] = number;
+                for (int k = 0; k < 300; k++) spent = spent + 1;
+            }
+        });
+        if (int64_t(std::set<int>(by.begin(), by.end()).size()) > std::max<int64_t>(processors, 2)) {
+            fail("more threads than processors took part in a job");
+        }
+        pool.taken(taken.data(), threads);
+        least = *std::min_element(taken.begin(), taken.end());
+    }
+    if (in_turns != (pool.turns() > 0)) fail("turns end if and only if there are fewer processors than threads");
+    if (in_turns) std::printf("ok: each of %ld threads had work\n", long(threads));
+    else std::printf("ok: no turns with %ld threads on %ld processors\n", long(threads), long(processors));
 }
 
 int touched_by[64];  // the processor that wrote to each page of `pages`
@@ -197,8 +240,9 @@ int main(int count, char** arguments) {
     const char* const mode = count > 1 ? arguments[1] : "";
     if (!std::strcmp(mode, "fuzz")) fuzz(uint64_t(number(2)), number(3));
     else if (!std::strcmp(mode, "together")) together(number(2));
+    else if (!std::strcmp(mode, "turns")) take_turns(number(2), number(3), number(4));
     else if (!std::strcmp(mode, "nodes")) two_nodes(number(2), number(3));
     else if (!std::strcmp(mode, "barrier")) barrier(number(2));
-    else fail("usage: driver fuzz SEED ROUNDS | together THREADS | nodes FIRST SECOND | barrier THREADS");
+    else fail("the comment at the top of driver.cpp says what the arguments are");
     return 0;
 }
