@@ -10,7 +10,8 @@ import pytest
 
 from tests.engine.tiers.fuzz import EVENTS, run
 
-SEEDS = [range(7), pytest.param(range(20), marks=pytest.mark.nightly)]
+# Where steps run ahead, some events are rare.
+CASES = [(False, range(7)), (True, range(20)), pytest.param(False, range(20), marks=pytest.mark.nightly)]
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +19,7 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.mark.parametrize("seeds", SEEDS, ids=str)
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("ahead", "seeds"), CASES, ids=str)
 def test_random_work(tmp_path: Path, ahead: bool, seeds: range) -> None:
     total: Counter[str] = Counter()
     for seed in seeds:
