@@ -2,6 +2,7 @@
 #
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
 #   make test                             run all checks: style, types, imports and tests
+#   make test-nightly                     run tests that repeat others with more seeds and values (part of `.ci/run`)
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
 #   make test-oldest-triton               the same, in part, with the triton of torch 2.11 (part of `.ci/run`)
 #   make test-arm                         run the CPU kernels for ARM on an emulated processor (part of `.ci/run`)
@@ -45,7 +46,8 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton test-oldest-triton test-arm fuzz-gguf fuzz-pool check format sbom wheel clean
+.PHONY: help serve test test-nightly test-triton test-oldest-triton test-arm fuzz-gguf fuzz-pool check format sbom \
+  wheel clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -64,9 +66,13 @@ test: check
 	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) $(PYTEST) $(TESTS)
 	$(if $(COVERAGE),@$(BIN)/coverage combine --quiet && $(BIN)/coverage report $(if $(TESTS),--fail-under=0))
 
+test-nightly: .venv/dev.stamp
+	@echo "== pytest: more seeds and parameters of tests that \`make test\` has run"
+	@$(BIN)/python $(PYTEST) -m nightly $(TESTS)
+
 test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
-	@TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/kernels tests/engine/test_triton.py -k triton
+	@TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -m '' tests/kernels tests/engine/test_triton.py -k triton
 	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
 
 # This triton comes with torch 2.11. Its interpreter needs an older numpy. Both are put before the packages of .venv.
@@ -78,7 +84,7 @@ test-triton: .venv/dev.stamp
 
 test-oldest-triton: .venv-triton/$(OLDEST_TRITON).stamp
 	@echo "== pytest: some GPU kernels in the interpreter of triton $(OLDEST_TRITON)"
-	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton \
+	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '' $(OLDEST_TESTS) -k triton \
 	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 	$(call step,triton $(OLDEST_TRITON): GPU kernels compiled ahead of time,\
 	  PYTHONPATH=.venv-triton $(BIN)/python -m benchmarks.gpu.codegen --targets 90 >/dev/null)

@@ -14,6 +14,7 @@ from jamba_server.engine.scheduler import SchedulerOutput
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 from jamba_server.llm import LLM, Completion
 from tests.engine.test_exact import CONFIG
+from tests.nightly import each_pair
 
 RANDOM = Random(11)
 PROMPTS = [[RANDOM.randrange(3, 500) for _ in range(RANDOM.randint(1, 70))] for _ in range(9)]
@@ -66,26 +67,25 @@ def stopping(folder: Path, max_tokens: int = 30) -> SamplingParams:
     return msgspec.structs.replace(params, stop_token_ids=tuple(rare[:4]))
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {},
-        {"temperature": 0.0},
-        PENALTIES,
-        MASKS,
-        {"min_tokens": 20, "stop_token_ids": tuple(range(3, 500, 4))},
-        {"max_tokens": 1},
-        {"max_tokens": 0, "prompt_logprobs": 1},
-        {"prompt_logprobs": 2, "logit_bias": {7: 3.0}},
-    ],
-)
-def test_equals_the_engine_that_waits(folder: Path, asked: dict[str, Any]) -> None:
+ASKED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    PENALTIES,
+    MASKS,
+    {"min_tokens": 20, "stop_token_ids": tuple(range(3, 500, 4))},
+    {"max_tokens": 1},
+    {"max_tokens": 0, "prompt_logprobs": 1},
+    {"prompt_logprobs": 2, "logit_bias": {7: 3.0}},
+]
+
+
+@each_pair({"asked": ASKED, "settings": [{"max_num_batched_tokens": 11}, {}, {"enable_prefix_caching": False}]})
+def test_equals_the_engine_that_waits(folder: Path, asked: dict[str, Any], settings: dict[str, Any]) -> None:
     params = msgspec.structs.replace(PLAIN, **asked)
     expected = [result(completion) for completion in load(folder).generate(PROMPTS, params)]
-    for settings in ({}, {"max_num_batched_tokens": 11}, {"enable_prefix_caching": False}):
-        llm = load(folder, async_scheduling=True, **settings)
-        assert [result(completion) for completion in llm.generate(PROMPTS, params)] == expected
-        finish(llm)
+    llm = load(folder, async_scheduling=True, **settings)
+    assert [result(completion) for completion in llm.generate(PROMPTS, params)] == expected
+    finish(llm)
 
 
 def test_a_token_after_the_last_is_dropped(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from jamba_server.engine.types import SamplingParams
 from jamba_server.llm import LLM, Completion
+from tests.nightly import nightly
 
 CONFIG = {
     "model_type": "jamba",
@@ -78,7 +79,7 @@ def case(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[Any]]:
 Case = tuple[str, list[Any]]
 
 
-@pytest.mark.parametrize("place", [0, 17, 31])
+@pytest.mark.parametrize("place", [17, *nightly([0, 31])])
 def test_among_31_others(folder: Path, case: Case, place: int) -> None:
     form, alone = case
     llm = load(folder, form, max_num_seqs=32)

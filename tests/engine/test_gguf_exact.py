@@ -23,6 +23,7 @@ from jamba_server.engine.types import Request, SamplingParams, TokenLogprob
 from jamba_server.engine.weight_sizes import kept_formats, step_bytes, weight_bytes
 from jamba_server.llm import LLM, Completion
 from tests.gguf_file import write_gguf
+from tests.nightly import each_pair
 from tests.tiny import save_tiny
 
 # Rows of whole blocks of 256 numbers.
@@ -65,8 +66,7 @@ def result(completion: Completion) -> tuple[list[int], list[Any]]:
 
 
 # By default, 4-bit weights have 8-bit activations on processors without AVX-512, and weights of 8 bits nowhere.
-@pytest.mark.parametrize("activations", ["none", "int8"])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
+@each_pair({"kind": ("Q4_0", "Q4_K", "Q6_K", "Q8_0"), "activations": ("none", "int8")})
 def test_a_reply_is_the_same_in_every_company(kind: str, activations: str, tmp_path: Path) -> None:
     path = written(tmp_path, kind)
 
@@ -159,8 +159,7 @@ def test_experts_share_a_format_or_are_converted(tmp_path: Path) -> None:
     assert text.startswith(f"11 of {count} quantised matrices are converted to bfloat16 (11 of type Q4_K)")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+@each_pair({"kind": ("Q8_0", "Q4_0", "Q4_K", "Q6_K"), "tied": (False, True)})
 def test_the_plan_counts_the_bytes_of_blocks(kind: str, tied: bool, tmp_path: Path) -> None:
     path = written(tmp_path, kind, tie_word_embeddings=tied)
     config = load_model_config(path)

@@ -29,6 +29,7 @@ from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.kernels.table import OPS
 from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, FORMATS, result
+from tests.nightly import each_pair
 
 RANDOM = Random(2)
 PROMPTS = [[RANDOM.randrange(3, 500) for _ in range(RANDOM.randint(1, 60))] for _ in range(19)]
@@ -119,8 +120,7 @@ def test_a_context_that_outgrows_its_graph_goes_on_in_the_next(folder: Path) -> 
     assert log.count("capture") == 3  # one row and two up to 2048 tokens, two beyond
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("form", FORMATS)
+@each_pair({"form": FORMATS, "tied": (True, False)})
 def test_replays_of_the_cpus_own_graphs_equal_eager_steps(tmp_path: Path, form: str, tied: bool) -> None:
     config = CONFIG | {"max_position_embeddings": 1024, "tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -19,6 +19,7 @@ from jamba_server.kernels.cpu.library import Library, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, FORMATS, OTHERS, SUBJECT, load, result
+from tests.nightly import nightly
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=5)
 # Wide enough that a product has a strip of 32 columns for each of 192 threads.
@@ -60,7 +61,7 @@ def case(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[Any]]:
     return request.param, replies(load(folder, request.param))
 
 
-@pytest.mark.parametrize("threads", [2, 3, 64, 192])
+@pytest.mark.parametrize("threads", [3, 192, *nightly([2, 64])])
 def test_threads(folder: Path, case: tuple[str, list[Any]], together: Library, threads: int) -> None:
     """torch keeps one thread: its own operations are not tested here, and are slow on threads without a processor."""
     form, alone = case

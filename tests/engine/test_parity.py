@@ -13,6 +13,7 @@ from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.llm import LLM, Completion
+from tests.nightly import each_pair
 from tests.tiny import TINY_CONFIGS, oracle_logits, save_tiny
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 7, "max_num_batched_tokens": 48, "threads": 1}
@@ -62,8 +63,7 @@ def test_concurrent_requests_equal_transformers(name: str, tmp_path: Path) -> No
     check(model, warm)
 
 
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("name", list(TINY_CONFIGS)[:3])
+@each_pair({"name": list(TINY_CONFIGS)[:3], "caching": (True, False)})
 def test_few_pages_preempt_and_change_nothing(name: str, caching: bool, tmp_path: Path) -> None:
     model = save_tiny(tmp_path, **TINY_CONFIGS[name])
     settings: dict[str, Any] = SETTINGS | {"max_model_len": 320}

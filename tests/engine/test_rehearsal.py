@@ -122,9 +122,23 @@ CASES = [
 ]
 
 
+# Numbers of replies, and lengths of prompts: at the borders of tiles and graphs, and such as Triton tells apart, which
+# are 1, multiples of 16 and all others.
+SOME_SIZES = ((1, 2, 3, 9, 15, 16, 17, 65, 70), (1, 16, 17, 64, 65, 511, 1024, 1100, 1250))
+MANY_SIZES = ((*range(1, 20), 31, 64, 65, 70), (1, 15, 16, 17, 63, 64, 65, 130, 511, 1023, 1024, 1100, 1250))
+
+
+@pytest.mark.parametrize(
+    "sizes", [SOME_SIZES, pytest.param(MANY_SIZES, marks=pytest.mark.nightly)], ids=["some", "many"]
+)
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_nothing_is_compiled_after_the_weights_are_loaded(
-    name: str, settings: dict[str, Any], gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    settings: dict[str, Any],
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    gpu: Gpu,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a CPU that passes for a GPU."""
     save_tiny(tmp_path, **TINY_CONFIGS[name])
@@ -132,8 +146,8 @@ def test_nothing_is_compiled_after_the_weights_are_loaded(
         build, "select", lambda device, wishes, batch_invariant: token_0(triton_kernels(batch_invariant))
     )
     monkeypatch.setattr(Rehearsal, "is_for", lambda self, device: True)
-    sizes = {"max_num_seqs": 70, "max_num_batched_tokens": 1100, "max_model_len": 1300}
-    llm = LLM(tmp_path, device="cpu", **{"dtype": "bfloat16"} | sizes | settings)
+    limits = {"max_num_seqs": 70, "max_num_batched_tokens": 1100, "max_model_len": 1300}
+    llm = LLM(tmp_path, device="cpu", **{"dtype": "bfloat16"} | limits | settings)
     before = list(gpu.compiled)
     assert len(before) > 20
     assert gpu.launched == []
@@ -145,10 +159,10 @@ def test_nothing_is_compiled_after_the_weights_are_loaded(
 
     masked = SamplingParams(thinking_token_budget=1, thinking_end=(4,))
     for params in (GREEDY, masked, SamplingParams(temperature=0.7, top_k=3, top_p=0.9, logprobs=2, prompt_logprobs=1)):
-        for count in (*range(1, 20), 31, 64, 65, 70):
+        for count in sizes[0]:
             prompts = [prompt(random.choice((1, 2, 17, 40))) for _ in range(count)]
             llm.generate([*prompts], msgspec.structs.replace(params, max_tokens=3))
-        for length in (1, 15, 16, 17, 63, 64, 65, 130, 511, 1023, 1024, 1100, 1250):
+        for length in sizes[1]:
             llm.generate([prompt(length)], msgspec.structs.replace(params, max_tokens=2))
     for _ in range(3):  # answers that were not read to their end, so that pages and states are copied
         llm.generate([[5] * 20 + [0] * extra for extra in range(9)], msgspec.structs.replace(GREEDY, max_tokens=9))

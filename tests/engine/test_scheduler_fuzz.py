@@ -12,6 +12,7 @@ from jamba_server.engine.types import CacheReport, Request, SamplingParams
 from tests.engine.cache_checks import CacheChecks
 from tests.engine.host_states import HostStates
 from tests.engine.simulator import Simulator, make_scheduler, random_request
+from tests.nightly import nightly
 
 NUM_REQUESTS = 30
 
@@ -134,27 +135,44 @@ def check_report(report: CacheReport, request: Request) -> None:
         assert report.missed[report.reason] > 0
 
 
-SEEDS = [(0, False), (50, False), (100, False), (150, True), (200, True)]  # the first of 50, whether steps run ahead
+FIRST_SEEDS = [(0, False), (50, False), (100, False), (150, True), (200, True)]  # with whether steps run ahead
 KINDS = [
-    *(("slots", *seeds) for seeds in SEEDS),
+    *(("slots", *seeds) for seeds in FIRST_SEEDS),
     ("compressed", 250, False),
-    *(("compressed", *seeds) for seeds in SEEDS[1:]),
+    *(("compressed", *seeds) for seeds in FIRST_SEEDS[1:]),
+    ("host", 0, False),
+    ("host", 150, True),
 ]
+SOME_KINDS = [
+    (kind, first, ahead) for kind in ("slots", "compressed", "host") for first, ahead in ((0, False), (150, True))
+]
+NUM_SEEDS = 12  # enough for every event of `check_events`
 
 
-@pytest.mark.parametrize(("kind", "first", "ahead"), [*KINDS, ("host", 0, False), ("host", 150, True)])
+@pytest.mark.parametrize(("kind", "first", "ahead"), SOME_KINDS)
 def test_random_work(kind: str, first: int, ahead: bool) -> None:
+    check_seeds(range(first, first + NUM_SEEDS), kind, ahead=ahead)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("kind", "first", "ahead"), KINDS)
+def test_more_random_work(kind: str, first: int, ahead: bool) -> None:
+    check_seeds(range(first, first + 50), kind, ahead=ahead)
+
+
+def check_seeds(seeds: range, kind: str, *, ahead: bool) -> None:
     total: Counter[str] = Counter()
-    for seed in range(first, first + 50):
+    for seed in seeds:
         total += run(seed, kind, ahead=ahead)
     assert (total.pop("ahead", 0) > 0) == ahead
     check_events(total)
 
 
-def test_random_work_of_several_stages() -> None:
+@pytest.mark.parametrize("seeds", [range(14, 20), *nightly([range(20)])], ids=str)
+def test_random_work_of_several_stages(seeds: range) -> None:
     total: Counter[str] = Counter()
     for kind, stages in (("slots", 2), ("slots", 4), ("compressed", 3)):
-        for seed in range(20):
+        for seed in seeds:
             total += run(100 * stages + seed, kind, ahead=False, stages=stages)
     assert "ahead" not in total
     assert total["only_copies"] > 0, "no step had copies for sequences that had to make room at once"

@@ -11,6 +11,7 @@ import pytest
 from jamba_server.engine.process.streams import LiveRequest, Stream
 from jamba_server.engine.process.suspects import CLEAR_UPDATES, KILLS_PER_DEATH, TRIAL_STEPS, Suspects
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
+from tests.nightly import nightly
 
 MAX_STEPS = 100_000
 
@@ -215,7 +216,7 @@ def test_the_end_of_the_request_on_trial_ends_the_trial() -> None:
     assert suspects.select([other], idle=True) == [other]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(10), *nightly(range(10, 40))])
 def test_whatever_happens_only_killers_fail(seed: int) -> None:
     random = Random(seed)
     names = NAMES[: random.randint(1, 32)]
@@ -226,7 +227,7 @@ def test_whatever_happens_only_killers_fail(seed: int) -> None:
     assert sorted(world.failed) == sorted(killers)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *nightly(range(5, 20))])
 def test_kills_from_outside_that_leave_time_for_progress_fail_nobody(seed: int) -> None:
     random = Random(seed)
     gaps = iter([random.randint(10, 200) for _ in range(100)])

@@ -10,6 +10,7 @@ from jamba_server.engine.fairness import Shares, tokens_left
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.engine.waiting import WaitingQueue
+from tests.nightly import nightly
 
 MAX_SHORT = 50
 
@@ -30,7 +31,7 @@ def sequence(random: Random, number: int, *, running: bool) -> Sequence:
     return seq
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", [*range(40), *nightly(range(40, 200))])
 def test_it_finds_what_a_search_through_all_finds(seed: int) -> None:
     random = Random(seed)
     running = [sequence(random, i, running=True) for i in range(random.randint(0, 12))]

@@ -20,6 +20,7 @@ from tests.kernels.cases import (
     each_implementation,
     random,
 )
+from tests.nightly import each_pair
 
 SCALE = 0.3
 HEADS = [(4, 1), (6, 2), (3, 3)]  # query heads, KV heads: one, some and all have their own keys
@@ -67,10 +68,7 @@ def query_start(lengths: Sequence[int]) -> Tensor:
 
 
 @each_implementation("attention_prefill")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [4, 16])
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize("size", [5, 16])
+@each_pair({"size": (5, 16), "heads, kv_heads": HEADS, "block_size": (4, 16), "dtype": DTYPES})
 def test_prefill_equals_the_formula(
     attention_prefill: AttentionPrefill, size: int, heads: int, kv_heads: int, block_size: int, dtype: torch.dtype
 ) -> None:
@@ -86,9 +84,7 @@ def test_prefill_equals_the_formula(
 
 
 @each_implementation("attention_decode")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [4, 16])
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@each_pair({"heads, kv_heads": HEADS, "block_size": (4, 16), "dtype": DTYPES})
 def test_decode_equals_the_formula(
     attention_decode: AttentionDecode, heads: int, kv_heads: int, block_size: int, dtype: torch.dtype
 ) -> None:
@@ -111,9 +107,7 @@ def test_large_scores_do_not_overflow(attention_prefill: AttentionPrefill) -> No
 
 
 @each_implementation("attention_prefill", "attention_decode")
-@pytest.mark.parametrize("dtype", EXACT_DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize(("context", "size"), [(37, 5), (300, 16), (70, 72)])
+@each_pair({"heads, kv_heads": HEADS, "context, size": [(37, 5), (300, 16), (70, 72)], "dtype": EXACT_DTYPES})
 def test_every_chunking_gives_the_same_bits(
     attention_prefill: AttentionPrefill,
     attention_decode: AttentionDecode,

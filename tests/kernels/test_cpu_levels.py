@@ -36,13 +36,15 @@ from tests.kernels.cases import (
     segments,
 )
 from tests.kernels.oracle import Array
+from tests.nightly import each_pair
 
-pytestmark = pytest.mark.parametrize("native", [*LEVELS, EMULATED], indirect=True)
-
+TESTED = (*LEVELS, EMULATED)
+every_level = pytest.mark.parametrize("native", TESTED, indirect=True)
 THREADS = (1, 2, 3)
 SCALE = 0.3
 
 
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_level_equals_the_formulas(native: Library, dtype: torch.dtype) -> None:
     assert native.level()
@@ -59,8 +61,7 @@ def test_every_level_equals_the_formulas(native: Library, dtype: torch.dtype) ->
     test_moe.test_route_equals_the_formula(RouteExperts(), 16, 2, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("check", test_recurrence.CHECKS)
+@each_pair({"native": TESTED, "check": test_recurrence.CHECKS, "dtype": DTYPES}, indirect=["native"])
 def test_every_level_is_exact(
     native: Library, check: Callable[[test_recurrence.Recurrence], None], dtype: torch.dtype
 ) -> None:
@@ -96,8 +97,9 @@ def long_pages(sequences: Sequence[tuple[Tensor, Tensor]], seed: int) -> Pages:
     return Pages(storage[:, 0], storage[:, 1], tables, torch.tensor(lens, dtype=torch.int32), max(lens))
 
 
-@pytest.mark.parametrize("dtype", EXACT_DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 1), (3, 3), (8, 4)])
+@each_pair(
+    {"native": TESTED, "heads, kv_heads": [(4, 1), (12, 1), (3, 3), (8, 4)], "dtype": EXACT_DTYPES}, indirect=["native"]
+)
 def test_long_contexts_have_the_same_bits_however_they_come(
     native: Library, heads: int, kv_heads: int, dtype: torch.dtype
 ) -> None:
@@ -126,6 +128,7 @@ def test_long_contexts_have_the_same_bits_however_they_come(
         assert_same(decode(q[[end - 1 for end in ends]], together, SCALE), whole[[end - 1 for end in ends]])
 
 
+@every_level
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_reaches_no_earlier_token(native: Library, bad: float, dtype: torch.dtype) -> None:
@@ -151,8 +154,7 @@ def same_with_any_threads(native: Library, run: Callable[[], Sequence[Tensor]]) 
             assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", EXACT_DTYPES)
-@pytest.mark.parametrize("channels", [100, 613])
+@each_pair({"native": TESTED, "channels": (100, 613), "dtype": EXACT_DTYPES}, indirect=["native"])
 def test_the_number_of_threads_changes_no_recurrence(native: Library, channels: int, dtype: torch.dtype) -> None:
     lengths, states = (40, 1, 90), 16
     rows = sum(lengths)
@@ -175,6 +177,7 @@ def test_the_number_of_threads_changes_no_recurrence(native: Library, channels: 
     same_with_any_threads(native, run)
 
 
+@every_level
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 def test_the_number_of_threads_changes_no_row(native: Library, dtype: torch.dtype) -> None:
     x, residual = (random(90, 400, dtype=dtype, seed=seed) for seed in (0, 1))
@@ -191,6 +194,7 @@ def test_the_number_of_threads_changes_no_row(native: Library, dtype: torch.dtyp
         same_with_any_threads(native, call)
 
 
+@every_level
 def test_sampling(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.level()
     monkeypatch.setattr(test_sample, "sample", Sample())

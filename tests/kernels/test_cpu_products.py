@@ -13,14 +13,14 @@ from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.linear import Linear
 from jamba_server.kernels.cpu.moe import RunExperts, SiluAndMul
 from tests.kernels import oracle
-from tests.kernels.cases import DTYPES, assert_close, assert_same, double, random
+from tests.kernels.cases import ALL_LEVELS, DTYPES, assert_close, assert_same, double, random
+from tests.nightly import each_pair
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 24, 31, 64, 200)
 SHAPES = [(1, 1), (5, 33), (35, 19), (64, 160), (300, 77)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@each_pair({"native": ALL_LEVELS, "outputs, inputs": SHAPES, "dtype": DTYPES}, indirect=["native"])
 def test_a_row_has_the_same_bits_among_any_number(
     native: Library, outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
@@ -34,9 +34,9 @@ def test_a_row_has_the_same_bits_among_any_number(
             assert_same(run(x[start : start + rows]), together[start : start + rows])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, 12, 31])
+@each_pair(
+    {"native": ALL_LEVELS, "rows": (1, 3, 12, 31), "outputs, inputs": SHAPES, "dtype": DTYPES}, indirect=["native"]
+)
 def test_equals_the_formula(native: Library, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     assert native.level()
     linear = Linear()
@@ -45,8 +45,14 @@ def test_equals_the_formula(native: Library, rows: int, outputs: int, inputs: in
     assert_close(out, double(x) @ double(weight).T, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 2000, 300), (40, 33, 300), (200, 500, 64)])
+@each_pair(
+    {
+        "native": ALL_LEVELS,
+        "rows, outputs, inputs": [(1, 2000, 300), (40, 33, 300), (200, 500, 64)],
+        "dtype": DTYPES,
+    },
+    indirect=["native"],
+)
 def test_the_number_of_threads_changes_nothing(
     native: Library, rows: int, outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:

@@ -14,8 +14,9 @@ from jamba_server.kernels.cpu.linear import PackedWeight
 from jamba_server.kernels.cpu.moe import RunExperts as CpuRunExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
 from jamba_server.kernels.ops import SUPER_GROUP, Linear, QuantizedWeight, StackedWeight
-from tests.kernels.cases import assert_same, double, each_implementation, random
+from tests.kernels.cases import ALL_LEVELS, assert_same, double, each_implementation, random
 from tests.kernels.oracle import Array
+from tests.nightly import each_pair
 
 IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 NF4 = tuple(float(np.float32(number)) for number in np.tanh(np.linspace(-2, 2, 16)))
@@ -105,8 +106,7 @@ def test_a_product_is_as_exact_as_float32_allows(linear: Linear, name: str) -> N
         assert (np.abs(out - double(x[:rows]) @ elements.T) <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FORMATS)
+@each_pair({"native": ALL_LEVELS, "name": FORMATS, "dtype": (torch.float32, torch.bfloat16)}, indirect=["native"])
 def test_a_row_has_the_same_bits_among_any_number(native: Library, name: str, dtype: torch.dtype) -> None:
     linear, x = CpuLinear(), random(70, INPUTS + 3, dtype=dtype)[:, :INPUTS]
     packed, bias = linear.pack(weight_of(name, 167, INPUTS)), random(167, dtype=dtype, seed=2)

@@ -16,8 +16,9 @@ from jamba_server.kernels.cpu.moe import RunExperts as CpuRunExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
 from jamba_server.kernels.ops import Linear, QuantizedWeight, RunExperts
 from tests.kernels import oracle
-from tests.kernels.cases import DTYPES, assert_close, assert_same, double, each_implementation, random
+from tests.kernels.cases import ALL_LEVELS, DTYPES, assert_close, assert_same, double, each_implementation, random
 from tests.kernels.oracle import Array
+from tests.nightly import each_pair
 
 HIGHEST = {"int8": 127, "int4": 7, "fp8": 448}
 ROW = 1 << 20
@@ -90,8 +91,7 @@ def test_experts_equal_the_formula(run_experts: RunExperts, format: str, group_s
     assert_close(out, expected, roundings=7, atol=slack)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("format", "group_size"), FORMATS + OTHERS)
+@each_pair({"native": ALL_LEVELS, "format, group_size": FORMATS + OTHERS, "dtype": DTYPES}, indirect=["native"])
 def test_whole_numbers_have_exact_products(native: Library, format: str, group_size: int, dtype: torch.dtype) -> None:
     """With small whole x and scales that are powers of two nothing is rounded but the result."""
     assert native.level()
@@ -120,8 +120,7 @@ def test_packing_keeps_every_number(native: Library, format: str, group_size: in
     assert torch.equal(weight.values, before[0]) and torch.equal(weight.scales, before[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("format", "group_size"), FORMATS)
+@each_pair({"native": ALL_LEVELS, "format, group_size": FORMATS, "dtype": DTYPES}, indirect=["native"])
 def test_a_row_has_the_same_bits_among_any_number(
     native: Library, format: str, group_size: int, dtype: torch.dtype
 ) -> None:
@@ -137,8 +136,7 @@ def test_a_row_has_the_same_bits_among_any_number(
         assert_same(run(x[start : start + rows]), together[start : start + rows])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("format", "group_size"), FORMATS)
+@each_pair({"native": ALL_LEVELS, "format, group_size": FORMATS, "dtype": DTYPES}, indirect=["native"])
 def test_a_token_gets_the_same_bits_from_its_experts_among_any_others(
     native: Library, format: str, group_size: int, dtype: torch.dtype
 ) -> None:
@@ -154,8 +152,7 @@ def test_a_token_gets_the_same_bits_from_its_experts_among_any_others(
             assert_same(run_experts(x[part], packed, weights[part], ids[part]), together[part])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("format", "group_size"), FORMATS)
+@each_pair({"native": ALL_LEVELS, "format, group_size": FORMATS, "dtype": DTYPES}, indirect=["native"])
 def test_experts_are_made_of_the_other_ops(native: Library, format: str, group_size: int, dtype: torch.dtype) -> None:
     """One expert with weight 1 does what `linear` and `silu_and_mul` do one after the other."""
     assert native.level()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.cli.bench.command import Bench, BenchOptions
@@ -15,8 +16,10 @@ from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 from tests.server.real_engine import served_engine
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def url() -> AsyncGenerator[str]:
     config = ServerConfig(served_model_name=("jamba-demo",), dtype="float32", threads=1, max_num_seqs=4)
     engine = EngineClient(config.engine(demo_folder()))

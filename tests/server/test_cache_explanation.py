@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.config import ServerConfig
@@ -15,6 +16,7 @@ from jamba_server.server.demo import demo_folder
 from tests.server.conftest import Bench
 from tests.server.real_engine import served_engine
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 SYSTEM = {"role": "system", "content": " ".join(["once upon a time there was a dog"] * 10)}
 EXPLAIN = {"explain": True}
 
@@ -37,8 +39,9 @@ class Server:
         return reply["choices"][0]["message"]["content"], reply["jamba_cache"]
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncGenerator[Server]:
+    """One for all tests of this module. The prompts of each begin as those of no other."""
     config = ServerConfig(served_model_name=("jamba-demo",), dtype="float32", threads=1, max_num_seqs=4)
     engine = EngineClient(config.engine(demo_folder()))
     await engine.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -49,9 +49,11 @@ class MortalEngine(EngineClient):
             os.kill(self.pid, signal.SIGKILL)
 
 
-def requests(stop: str | None) -> list[dict[str, Any]]:
-    """Greedy, sampled without a seed, n = 2, log-probabilities, penalties, a stop string."""
-    base = {"messages": CHAT, "max_tokens": NUM_TOKENS, "stream": True, "extra_body": {"ignore_eos": True}}
+def requests(stop: str | None, run: str) -> list[dict[str, Any]]:
+    """Greedy, sampled without a seed, n = 2, log-probabilities, penalties, a stop string. What one run has cached is
+    not found by another."""
+    extra = {"ignore_eos": True, "cache_salt": run}
+    base = {"messages": CHAT, "max_tokens": NUM_TOKENS, "stream": True, "extra_body": extra}
     greedy = base | {"temperature": 0}
     return [
         greedy,
@@ -60,7 +62,7 @@ def requests(stop: str | None) -> list[dict[str, Any]]:
         greedy | {"logprobs": True, "top_logprobs": 2},
         base | {"logprobs": True, "top_logprobs": 1},
         base | {"temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0.5, "presence_penalty": 0.2},
-        base | {"seed": 5, "extra_body": {"ignore_eos": True, "min_tokens": 8, "repetition_penalty": 1.2}},
+        base | {"seed": 5, "extra_body": extra | {"min_tokens": 8, "repetition_penalty": 1.2}},
         greedy | ({"stop": stop} if stop else {}),
     ]
 
@@ -100,16 +102,20 @@ KILLS: dict[str, Callable[[int], Sequence[int]]] = {
 }
 
 
-async def run(
-    settings: dict[str, Any], requests: list[dict[str, Any]], kill_after: int | None = None
-) -> tuple[list[Reply], int]:
-    """The replies, and how often the engine died."""
+Run = Callable[..., Awaitable[tuple[list[Reply], int]]]
+
+
+@asynccontextmanager
+async def started(settings: dict[str, Any]) -> AsyncGenerator[Run]:
+    """An engine, and a function that runs requests on it. The function returns the replies and how often the engine
+    died."""
     config = ServerConfig(served_model_name=("jamba-demo",), threads=1, max_num_seqs=16, **settings)
     engine = MortalEngine(config.engine(demo_folder()))
-    engine.kill_after = kill_after
     await engine.start()
-    first = engine.pid
-    try:
+
+    async def run(requests: list[dict[str, Any]], kill_after: int | None = None) -> tuple[list[Reply], int]:
+        engine.kill_after, engine.num_choices = kill_after, 0
+        first = engine.pid
         async with served_engine(config, engine) as client:
             tasks: list[asyncio.Task[Reply]] = []
             for request in requests:  # one after the other, so that each draws its own seed in every run
@@ -118,14 +124,21 @@ async def run(
                 await opened.wait()
             replies = [await task for task in tasks]
         return replies, int(engine.pid != first)
+
+    try:
+        yield run
     finally:
         await engine.close()
 
 
 @pytest.mark.parametrize("form", FORMATS)
 async def test_eight_streams_survive_the_death_of_the_engine(form: str) -> None:
-    settings = FORMATS[form]
-    [alone], deaths = await run(settings, requests(None)[3:4])  # greedy, with its tokens
+    async with started(FORMATS[form]) as run:
+        await check_deaths(run, KILLS[form])
+
+
+async def check_deaths(run: Run, kills: Callable[[int], Sequence[int]]) -> None:
+    [alone], deaths = await run(requests(None, "alone")[3:4])  # greedy, with its tokens
     assert deaths == 0
     text, scores, _ = alone[0]
     tokens = [token for token, _ in scores]
@@ -137,12 +150,12 @@ async def test_eight_streams_survive_the_death_of_the_engine(form: str) -> None:
         and stop in text  # no special token, of which a text has nothing
         and stop not in "".join(tokens[:i])  # it is complete with token i, and no sooner
     )
-    expected, deaths = await run(settings, requests(stop))
+    expected, deaths = await run(requests(stop, "expected"))
     assert deaths == 0
     assert expected[7][0][0] == text[: text.index(stop)]
     assert expected[7][0][2] == "stop"
-    for kill_after in KILLS[form](split):
-        replies, deaths = await run(settings, requests(stop), kill_after)
+    for kill_after in kills(split):
+        replies, deaths = await run(requests(stop, f"killed after {kill_after}"), kill_after)
         assert deaths == 1, "the engine must have been replaced"
         for reply, wanted in zip(replies, expected, strict=True):
             assert reply.keys() == wanted.keys()

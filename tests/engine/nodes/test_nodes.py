@@ -19,6 +19,7 @@ from jamba_server.engine.types import Request
 from tests.engine.nodes.machines import HOST, PATIENCE, Flags, first_node, other_node, parsed
 from tests.engine.parallel.engines import Reply, replies, running
 from tests.engine.parallel.test_parallel_processes import PARAMS, REQUESTS, all_end, processes
+from tests.nightly import nightly
 from tests.tiny import save_tiny
 
 TINY: Flags = (
@@ -63,7 +64,9 @@ async def until_awaited(engine: NodesClient, awaited: str) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize(("flags", "per_node"), [(TENSOR, 1), (STAGES, 1), (BOTH, 2)], ids=["tensor", "stages", "both"])
+@pytest.mark.parametrize(
+    ("flags", "per_node"), [(BOTH, 2), *nightly([(TENSOR, 1), (STAGES, 1)])], ids=["both", "tensor", "stages"]
+)
 async def test_two_nodes_answer_as_one_process(folder: Path, flags: Flags, per_node: int) -> None:
     engine = first_node(folder, flags)
     async with other_node(folder, flags, engine.coordinator.address[1]) as machine:

@@ -15,6 +15,7 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.types import CacheUse, Request, SamplingParams
 from tests.engine.parallel.engines import Reply, replies, running, step
 from tests.engine.test_exact import CONFIG
+from tests.nightly import nightly
 from tests.synthetic_tokenizer import write_tokenizer
 
 RANDOM = Random(3)
@@ -75,7 +76,7 @@ def expected(folder: Path) -> dict[str, Any]:
         return contents(found)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, *nightly([4])])
 def test_together_with_a_cold_and_a_warm_cache(size: int, folder: Path, expected: dict[str, Any]) -> None:
     with running(config_of(folder, size, max_num_batched_tokens=48)) as core:
         assert contents(replies(core, requests())) == expected

@@ -81,19 +81,20 @@ async def test_any_process_is_killed_under_load(config: EngineConfig) -> None:
     await all_end(last)
 
 
-async def test_any_stage_is_killed_under_load(config: EngineConfig) -> None:
+@pytest.mark.parametrize("victims", [(1,), pytest.param((2, 0), marks=pytest.mark.nightly)], ids=str)
+async def test_any_stage_is_killed_under_load(config: EngineConfig, victims: tuple[int, ...]) -> None:
     with running(config) as core:
         expected = {name: reply.content for name, reply in replies(core, REQUESTS).items()}
     engine = EngineClient(msgspec.structs.replace(config, pipeline_parallel_size=3))
     info = await engine.start()
     assert (info.tensor_parallel_size, info.pipeline_parallel_size) == (1, 3)
-    for victim in (1, 2):
+    for victim in victims:
         before = processes(engine)
         assert len(before) == 3
         assert await answers(engine, victim) == expected
         assert not {*before} & {*processes(engine)}, "all ranks are started again"
         await all_end(before)
-    assert {why: count for why, count in engine.supervision.restarts.items() if count} == {"signal": 2}
+    assert {why: count for why, count in engine.supervision.restarts.items() if count} == {"signal": len(victims)}
     last = processes(engine)
     await engine.close()
     await all_end(last)

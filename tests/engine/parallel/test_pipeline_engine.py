@@ -16,6 +16,7 @@ from jamba_server.engine.types import CacheUse, Request, SamplingParams
 from tests.engine.parallel.engines import Reply, replies, running, step
 from tests.engine.parallel.test_parallel_engine import GRAMMAR, GREEDY, PROMPTS, SAMPLED, contents, requests
 from tests.engine.test_exact import CONFIG
+from tests.nightly import nightly
 from tests.synthetic_tokenizer import write_tokenizer
 
 LAYERS = {"num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 2, "vocab_size": 1999}
@@ -61,7 +62,7 @@ def expected(folder: Path) -> dict[str, Any]:
     return one_by_one(folder)
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, 4, *nightly([3])])
 def test_together_with_a_cold_and_a_warm_cache(stages: int, folder: Path, expected: dict[str, Any]) -> None:
     with running(config_of(folder, stages, max_num_batched_tokens=48)) as core:
         assert contents(replies(core, requests())) == expected
