@@ -7,16 +7,17 @@ from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from jamba_server.kernels.cpu import a8 as cpu_a8
+from jamba_server.kernels.int8_activations import Kind
 from jamba_server.kernels.ops import Kernels, Linear
 from jamba_server.kernels.reference import a8 as reference_a8
 
 
 class _Products(NamedTuple):
     """The classes that add 8-bit activations to the operations `linear` and `run_experts` of one implementation. Each
-    takes the operation that computes all other products, and the number of bits of the weights that it handles."""
+    takes the operation that computes all other products, and the kinds of weights that it handles."""
 
-    linear: Callable[[Any, frozenset[int]], Any]
-    run_experts: Callable[[Any, frozenset[int]], Any]
+    linear: Callable[[Any, frozenset[Kind]], Any]
+    run_experts: Callable[[Any, frozenset[Kind]], Any]
 
 
 PRODUCTS: Final[Mapping[str, _Products]] = {
@@ -32,9 +33,9 @@ def without_int8(names: Mapping[str, str]) -> list[str]:
     return [f"{op}={names[op]}" for op in ("linear", "run_experts") if names[op] not in PRODUCTS]
 
 
-def with_int8_activations(kernels: Kernels, bits: frozenset[int]) -> Kernels:
-    """Returns kernels whose products with quantised weights use 8-bit activations if the weights have one of these
-    numbers of bits (`kernels.int8_activations.int8_parts`). All other products stay as they are.
+def with_int8_activations(kernels: Kernels, kinds: frozenset[Kind]) -> Kernels:
+    """Returns kernels whose products with quantised weights use 8-bit activations if the weights are of these kinds
+    (`kernels.int8_activations.int8_parts`). All other products stay as they are.
 
     Products of different implementations give the same bits, except that experts apply their own implementation of the
     activation function.
@@ -43,8 +44,8 @@ def with_int8_activations(kernels: Kernels, bits: frozenset[int]) -> Kernels:
     linear, experts = (PRODUCTS[kernels.names[op]] for op in ("linear", "run_experts"))
     return replace(
         kernels,
-        linear=linear.linear(kernels.linear, bits),
-        run_experts=experts.run_experts(kernels.run_experts, bits),
+        linear=linear.linear(kernels.linear, kinds),
+        run_experts=experts.run_experts(kernels.run_experts, kinds),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, TypeGuard
+from typing import Final, NamedTuple, Self, TypeGuard
 
 import torch
 
@@ -12,8 +12,22 @@ from jamba_server.kernels.ops import QuantizedWeight, Weight
 BLOCK: Final = 32
 """The number of neighbouring inputs of a row of x that share one scale."""
 
-ALL_BITS: Final = frozenset({4, 8})
-"""The numbers of bits of the weights that can be multiplied by 8-bit activations."""
+
+class Kind(NamedTuple):
+    """A kind of weights: those with so many bits, and with fine or with coarse groups of inputs that share a scale. A
+    group is fine if it has at most 32 inputs."""
+
+    bits: int
+    is_fine: bool
+
+    @classmethod
+    def of(cls, bits: int, group_size: int | None) -> Self:
+        """Returns the kind of weights whose groups have `group_size` inputs, or whole rows if it is None."""
+        return cls(bits, group_size is not None and group_size <= BLOCK)
+
+
+ALL_KINDS: Final = frozenset(Kind(bits, is_fine) for bits in (4, 8) for is_fine in (False, True))
+"""The kinds of weights that can be multiplied by 8-bit activations."""
 
 
 def takes_int8(weight: Weight) -> TypeGuard[QuantizedWeight]:
@@ -30,8 +44,9 @@ def takes_int8(weight: Weight) -> TypeGuard[QuantizedWeight]:
     return size == BLOCK // 2 or size % BLOCK == 0 or size >= weight.values.shape[-1]
 
 
-def int8_parts(parts: Sequence[Weight], bits: frozenset[int]) -> tuple[QuantizedWeight, ...] | None:
+def int8_parts(parts: Sequence[Weight], kinds: frozenset[Kind]) -> tuple[QuantizedWeight, ...] | None:
     """Returns the weights `parts`, which one kernel multiplies together, if they are to be multiplied by 8-bit
-    activations: all of them can be, and one of them has a number of bits that is in `bits`. Otherwise returns None."""
+    activations: all of them can be, and one of them is of a kind that is in `kinds`. Otherwise returns None."""
     able = tuple(part for part in parts if takes_int8(part))
-    return able if len(able) == len(parts) and any(part.bits in bits for part in able) else None
+    chosen = any(Kind.of(part.bits, part.group_size) in kinds for part in able)
+    return able if chosen and len(able) == len(parts) else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 
 import torch
@@ -21,16 +21,21 @@ from torch import Tensor
 
 from benchmarks.cpu.engine import RESULTS
 from benchmarks.http.serving import describe_commit
-from jamba_server.engine.config import Quantization
-from jamba_server.engine.quantization import FORMATS
+from jamba_server.engine.gguf.blocks import TYPES
+from jamba_server.engine.gguf.stored import format_of
+from jamba_server.engine.quantization import FORMATS, Format
 from jamba_server.engine.quantization.quantize import quantize
+from jamba_server.engine.quantization.stored import empty
 from jamba_server.kernels.cpu import a8
 from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.cpu.linear import Linear
+from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
 ROWS = (1, 4, 8, 16, 64, 256)
-NAMES: tuple[Quantization, ...] = ("int4", "int4-g32", "int8")
+NAMES = ("int4", "int4-g32", "int8", "Q8_0", "Q6_K")
+"""The formats of the weights: options of this server, and types of GGUF files."""
+ALL_FORMATS: Mapping[str, Format] = {**FORMATS, **{kind.name: format_of(kind) for kind in TYPES.values()}}
 COPIES_BYTES = 200_000_000
 TURNS, SECONDS = 9, 0.1
 
@@ -43,11 +48,22 @@ def calls(level: str, shape: tuple[int, int]) -> dict[tuple[str, str], list[Call
     library().set_level(level)
     plain, products = Linear(), {}
     for name in NAMES:
-        weight = quantize(torch.randn(*shape), name)
+        weight = random_weight(name, shape)
         for kind, linear in (("none", plain), ("int8", a8.Linear(plain))):
-            copies = [linear.pack(weight) for _ in range(1 + COPIES_BYTES // FORMATS[name].num_bytes(*shape))]
+            copies = [linear.pack(weight) for _ in range(1 + COPIES_BYTES // ALL_FORMATS[name].num_bytes(*shape))]
             products[name, kind] = [lambda x, linear=linear, w=w: linear(x, w) for w in copies]
     return products
+
+
+def random_weight(name: str, shape: tuple[int, int]) -> QuantizedWeight:
+    if name in FORMATS:
+        return quantize(torch.randn(*shape), next(known for known in FORMATS if known == name))
+    weight = empty(ALL_FORMATS[name], shape, torch.device("cpu"))
+    weight.values.random_(-ALL_FORMATS[name].limit, ALL_FORMATS[name].limit + 1)
+    for factors in (weight.scales, weight.super_scales):
+        if factors is not None:
+            factors.copy_(torch.randint(1, 30, factors.shape))
+    return weight
 
 
 def turn_times(contenders: Sequence[Sequence[Call]], x: Tensor) -> list[list[float]]:

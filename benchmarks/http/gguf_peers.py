@@ -7,8 +7,8 @@ to the other types. The files are kept in the folder FOLDER, so that a second ru
 shapes and not on the values of weights. Every client sends prompts of 128 random token ids and asks for 64 tokens,
 greedily. For each file, this server and llama.cpp's take turns for --rounds rounds, and the median of a server's rounds
 counts, because the machine's speed may change during the run. A measurement is repeated if a server closes a
-connection between two requests, which llama.cpp's server does now and then. Writes benchmarks/results/NAME.json and
-NAME.md.
+connection between two requests, which llama.cpp's server does now and then. The repetition has other prompts, because
+the server has those of the first attempt in its cache. Writes benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from jamba_server.server.cli.bench.report import Level
 
 START_TIMEOUT = 600.0
 ATTEMPTS = 5  # how often a measurement is tried
+SEEDS = 100  # seeds of prompts for each number of clients
 MAX_LEN = 512  # tokens of the longest sequence, for both servers
 OURS, LLAMA = "jamba-server", "llama.cpp"
 
@@ -82,10 +83,10 @@ def our_server(flags: argparse.Namespace, file: Path, slots: int, log_lines: lis
 
 
 def measured(url: str, vocab_size: int, clients: int) -> Level:
-    for _ in range(ATTEMPTS - 1):
+    for seed in range(ATTEMPTS - 1):
         with suppress(SystemExit):
-            return measure_level(url, vocab_size, str(clients), max(3, 2 * clients), 1, clients)[0]
-    return measure_level(url, vocab_size, str(clients), max(3, 2 * clients), 1, clients)[0]
+            return measure_level(url, vocab_size, str(clients), max(3, 2 * clients), 1, SEEDS * clients + seed)[0]
+    return measure_level(url, vocab_size, str(clients), max(3, 2 * clients), 1, SEEDS * clients + SEEDS - 1)[0]
 
 
 def measure_file(flags: argparse.Namespace, shape: str, kind: str) -> dict[str, Any]:

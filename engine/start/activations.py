@@ -13,17 +13,19 @@ from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
 from jamba_server.kernels.activations import without_int8
 from jamba_server.kernels.cpu.a8 import units_of
 from jamba_server.kernels.cpu.library import library
-from jamba_server.kernels.int8_activations import BLOCK
+from jamba_server.kernels.int8_activations import ALL_KINDS, BLOCK, Kind
 
-INT8_BY_DEFAULT: Final[Mapping[tuple[str, str], frozenset[int]]] = {
-    ("avx2", "avx2"): frozenset({4}),
+INT8_BY_DEFAULT: Final[Mapping[tuple[str, str], frozenset[Kind]]] = {
+    ("avx2", "avx2"): frozenset({Kind(4, is_fine=False), Kind(4, is_fine=True), Kind(8, is_fine=True)}),
 }
 """Maps an instruction set of the CPU kernels, and the instruction set of their products with 8-bit activations, to the
-numbers of bits of the weights whose products use 8-bit activations by default.
+kinds of weights whose products use 8-bit activations by default.
 
 An entry is here if the products are faster for 1 to 16 rows and at most 5 % slower for 256 rows, and if the loss is at
-most 0.001 bits per byte (benchmarks/results/activation-products.md and activation-loss.md). The products for AVX-VNNI
-were not measured: they do in one instruction what those for AVX2 do in two.
+most 0.001 bits per byte (benchmarks/results/activation-products.md and activation-loss.md). There is one exception: a
+single row of weights of 8 bits with fine groups takes 1.06 times as long as with activations of 16 bits if a group has
+32 inputs, but from two rows on it is faster, so that a whole reply is. The products for AVX-VNNI were not measured:
+they do in one instruction what those for AVX2 do in two.
 """
 
 
@@ -33,33 +35,33 @@ def int8_activations(
     dtype: torch.dtype,
     device: torch.device,
     names: Mapping[str, str],
-) -> frozenset[int]:
-    """Returns the numbers of bits of the weights that are multiplied by 8-bit activations. Other products have
-    activations of the model's dtype. `names` maps each operation to the name of its kernel.
+) -> frozenset[Kind]:
+    """Returns the kinds of weights that are multiplied by 8-bit activations. Other products have activations of the
+    model's dtype. `names` maps each operation to the name of its kernel.
 
     Raises ConfigError if the options ask for 8-bit activations where there are none.
     """
-    bits, wanted = frozenset(_whole_number_bits(policy)), config.activation_quantization
+    kinds, wanted = frozenset(_whole_number_kinds(policy)), config.activation_quantization
     if wanted == "int8":
-        _check(policy, dtype, device, names, bits)
-        return bits
+        _check(policy, dtype, device, names, kinds)
+        return frozenset(kind for kind in ALL_KINDS if kind.bits in {found.bits for found in kinds})
     if wanted == "none" or device.type != "cpu" or dtype == torch.float32 or names["linear"] != "cpu":
         return frozenset()
     if without_int8(names):
         return frozenset()
     level = config.kernels.get("linear", "").partition(":")[2] or library().level()
-    return bits & INT8_BY_DEFAULT.get((level, units_of(level)), frozenset())
+    return kinds & INT8_BY_DEFAULT.get((level, units_of(level)), frozenset())
 
 
-def _whole_number_bits(policy: QuantizationPolicy) -> Iterator[int]:
-    """Yields the numbers of bits of the weights that can be multiplied by 8-bit activations, as
+def _whole_number_kinds(policy: QuantizationPolicy) -> Iterator[Kind]:
+    """Yields the kinds of the weights that can be multiplied by 8-bit activations, as
     `kernels.int8_activations.takes_int8` decides for the weights themselves."""
     for form in policy.blocks.values():
         is_whole = form != FORMATS["fp8"] and all(number == int(number) for number in form.table or ())
         if is_whole and (form.group_size is None or form.group_size == BLOCK // 2 or form.group_size % BLOCK == 0):
-            yield form.bits
+            yield Kind.of(form.bits, form.group_size)
     if policy.quantization is not None and policy.quantization != "fp8":
-        yield FORMATS[policy.quantization].bits
+        yield Kind.of(FORMATS[policy.quantization].bits, FORMATS[policy.quantization].group_size)
 
 
 def _check(
@@ -67,7 +69,7 @@ def _check(
     dtype: torch.dtype,
     device: torch.device,
     names: Mapping[str, str],
-    bits: frozenset[int],
+    kinds: frozenset[Kind],
 ) -> None:
     if device.type != "cpu":
         raise ConfigError(
@@ -79,7 +81,7 @@ def _check(
             "activation_quantization 'int8' and dtype 'float32' exclude each other: 8-bit activations are less precise "
             "than bfloat16."
         )
-    if not bits:
+    if not kinds:
         weights = "plain" if policy.quantization is None else policy.quantization
         raise ConfigError(
             f"activation_quantization 'int8' needs weights that are whole numbers of 4 or 8 bits; this model's weights "

@@ -58,6 +58,7 @@ from jamba_server.engine.weight_sizes import policy_of, rank_weight_bytes, weigh
 from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.cpu.library import library
+from jamba_server.kernels.int8_activations import Kind
 from jamba_server.kernels.ops import Kernels, KernelUnavailable
 from jamba_server.kernels.table import select
 from jamba_server.kernels.torch_ops import MAX_GATHERED_BYTES
@@ -81,8 +82,12 @@ class Loaded:
     layout: CacheLayout
     device: torch.device
     warnings: tuple[str, ...] = ()
-    activation_quantization: ActivationQuantization = "none"
+    int8_kinds: frozenset[Kind] = frozenset()  # the kinds of weights that are multiplied by 8-bit activations
     threads: str = ""
+
+    @property
+    def activation_quantization(self) -> ActivationQuantization:
+        return "int8" if self.int8_kinds else "none"
 
     def storage(self, num_pages: int, num_slots: int, num_compressed: int = 0) -> CacheStorage:
         return CacheStorage(
@@ -113,7 +118,7 @@ def build_engine(
     parts = Parts.of(model_config, joined.group.shard, policy, joined.pipe.stage)
     config = of_rank(config)
     threads = start_threads(config, device)
-    kernels, activations = choose_kernels(config, policy, dtype, device)
+    kernels, int8_kinds = choose_kernels(config, policy, dtype, device)
     step = choose_steps(config, model_config, policy, dtype, device, kernels)
     if step is not None:
         config = msgspec.structs.replace(config, max_num_batched_tokens=step.tokens, max_step_ms=None)
@@ -136,7 +141,7 @@ def build_engine(
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
     own = model, joined.pipe, sampler, masks
-    loaded = Loaded(*own, kernels, policy, dtype, layout, device, warnings, activations, threads)
+    loaded = Loaded(*own, kernels, policy, dtype, layout, device, warnings, int8_kinds, threads)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -203,13 +208,13 @@ def planner(
 
 def choose_kernels(
     config: EngineConfig, policy: QuantizationPolicy, dtype: torch.dtype, device: torch.device
-) -> tuple[Kernels, ActivationQuantization]:
-    """Returns the kernels, and the format to which they round activations. Raises ConfigError or KernelError."""
+) -> tuple[Kernels, frozenset[Kind]]:
+    """Returns the kernels, and the kinds of weights that they multiply by 8-bit activations. Raises ConfigError or
+    KernelError."""
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
-    if int8_bits := int8_activations(config, policy, dtype, device, kernels.names):
-        return with_int8_activations(kernels, int8_bits), "int8"
-    return kernels, "none"
+    kinds = int8_activations(config, policy, dtype, device, kernels.names)
+    return with_int8_activations(kernels, kinds) if kinds else kernels, kinds
 
 
 def choose_steps(
@@ -416,7 +421,7 @@ def open_disk_tier(loaded: Loaded, config: EngineConfig, weights: WeightHash | N
     choices = {
         "dtype": str(loaded.dtype),
         "quantization": str(loaded.policy),
-        "activations": loaded.activation_quantization,
+        "activations": sorted(loaded.int8_kinds),
     }
 
     def found() -> str:

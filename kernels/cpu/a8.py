@@ -19,7 +19,7 @@ from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.linear import Packer as PanelPacker
 from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
-from jamba_server.kernels.int8_activations import ALL_BITS, int8_parts
+from jamba_server.kernels.int8_activations import ALL_KINDS, Kind, int8_parts
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
 UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon", "neon_dot", "neon_i8mm")
@@ -147,8 +147,8 @@ class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
     `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
-    def __init__(self, other: PlainLinear, bits: frozenset[int] = ALL_BITS) -> None:
-        self._other, self._bits, self._pack = other, bits, Packer(other.packer)
+    def __init__(self, other: PlainLinear, kinds: frozenset[Kind] = ALL_KINDS) -> None:
+        self._other, self._kinds, self._pack = other, kinds, Packer(other.packer)
         self._rows = library().function("a8_rows", POINTER, POINTER, POINTER, INT, INT)
         self._run = library().function("a8_linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
 
@@ -159,7 +159,7 @@ class Linear:
 
     def pack(self, weight: Weight) -> Any:
         """Returns the weight in the layout of the implementation that computes products with it."""
-        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)
+        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._kinds)
         return self._other.pack(weight) if parts is None else StackedA8(tuple(map(self._pack, parts)))
 
     def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -218,8 +218,8 @@ class RunExperts:
     `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights. One call
     reads each expert's weights only once, for all tokens."""
 
-    def __init__(self, other: PlainExperts, bits: frozenset[int] = ALL_BITS) -> None:
-        self._other, self._bits, self._pack = other, bits, Packer(other.packer)
+    def __init__(self, other: PlainExperts, kinds: frozenset[Kind] = ALL_KINDS) -> None:
+        self._other, self._kinds, self._pack = other, kinds, Packer(other.packer)
         self._run = library().function("a8_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
     def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:
@@ -227,7 +227,7 @@ class RunExperts:
 
         Raises ValueError if the shapes of gate_up and down do not match.
         """
-        parts = int8_parts((gate_up, down), self._bits)
+        parts = int8_parts((gate_up, down), self._kinds)
         if parts is None:
             return self._other.pack(gate_up, down)
         first, second = map(self._pack, parts)

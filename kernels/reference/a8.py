@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jamba_server.kernels import ops
-from jamba_server.kernels.int8_activations import ALL_BITS, BLOCK, int8_parts
+from jamba_server.kernels.int8_activations import ALL_KINDS, BLOCK, Kind, int8_parts
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 from jamba_server.kernels.reference.moe import run_each
 
@@ -97,8 +97,8 @@ class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
     `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
-    def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
-        self._other, self._bits = other, bits
+    def __init__(self, other: ops.Linear, kinds: frozenset[Kind] = ALL_KINDS) -> None:
+        self._other, self._kinds = other, kinds
 
     @property
     def other(self) -> ops.Linear:
@@ -107,7 +107,7 @@ class Linear:
 
     def pack(self, weight: Weight) -> Any:
         """Returns weights for 8-bit activations, or what `other.pack` returns."""
-        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)
+        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._kinds)
         return self._other.pack(weight) if parts is None else A8Weights(parts)
 
     def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -144,12 +144,12 @@ class RunExperts:
     """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations for the weights that
     `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
-    def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
-        self._other, self._bits = other, bits
+    def __init__(self, other: ops.RunExperts, kinds: frozenset[Kind] = ALL_KINDS) -> None:
+        self._other, self._kinds = other, kinds
 
     def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:
         """Returns the parts of each expert's weights, or what `other.pack` returns."""
-        parts = int8_parts((gate_up, down), self._bits)
+        parts = int8_parts((gate_up, down), self._kinds)
         return self._other.pack(gate_up, down) if parts is None else Experts(*map(_matrices, parts))
 
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from jamba_server.engine.quantization import Format, QuantizationPolicy
 from jamba_server.engine.start import activations
 from jamba_server.engine.start.activations import int8_activations
 from jamba_server.kernels.cpu.library import Library, library
+from jamba_server.kernels.int8_activations import Kind
 from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, SUBJECT
 
@@ -28,7 +29,7 @@ def choose(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device = CPU,
     **names: str,
-) -> frozenset[int]:
+) -> frozenset[Kind]:
     config = EngineConfig(model="m", activation_quantization=wanted)
     return int8_activations(config, policy, dtype, device, CPU_KERNELS | names)
 
@@ -36,15 +37,16 @@ def choose(
 @pytest.mark.parametrize(
     ("policy", "bits"),
     [
-        (QuantizationPolicy("int4"), {4}),
-        (QuantizationPolicy("int4-g32"), {4}),
-        (QuantizationPolicy("int8"), {8}),
-        (QuantizationPolicy(blocks={"a": Format(bits=8, limit=31, group_size=16)}), {8}),
+        (QuantizationPolicy("int4"), 4),
+        (QuantizationPolicy("int4-g32"), 4),
+        (QuantizationPolicy("int8"), 8),
+        (QuantizationPolicy(blocks={"a": Format(bits=8, limit=31, group_size=16)}), 8),
     ],
 )
-def test_the_option_decides(policy: QuantizationPolicy, bits: set[int]) -> None:
-    assert choose("int8", policy) == bits
-    assert choose("int8", policy, linear="reference", run_experts="reference") == bits
+def test_the_option_decides(policy: QuantizationPolicy, bits: int) -> None:
+    kinds = {Kind(bits, is_fine=False), Kind(bits, is_fine=True)}
+    assert choose("int8", policy) == kinds
+    assert choose("int8", policy, linear="reference", run_experts="reference") == kinds
     assert not choose("none", policy)
 
 
@@ -59,9 +61,12 @@ def test_blocks_without_whole_numbers_are_no_reason_for_8_bits() -> None:
 def test_the_default_follows_from_the_level_and_the_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Library, "level", lambda self: level)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     monkeypatch.setattr(activations, "units_of", lambda level: level)
-    expected = {4} if level == "avx2" else set[int]()
-    assert choose(None, QuantizationPolicy("int4")) == expected
-    assert choose(None, QuantizationPolicy("int4-g32")) == expected
+    is_default = level == "avx2"
+    assert choose(None, QuantizationPolicy("int4")) == ({Kind(4, is_fine=False)} if is_default else set())
+    assert choose(None, QuantizationPolicy("int4-g32")) == ({Kind(4, is_fine=True)} if is_default else set())
+    for size in (16, 32, 64):
+        blocks = QuantizationPolicy(blocks={"a": Format(bits=8, limit=127, group_size=size)})
+        assert choose(None, blocks) == ({Kind(8, is_fine=True)} if is_default and size <= 32 else set())
     assert choose(None, QuantizationPolicy("int8")) == set()
     assert choose(None, QuantizationPolicy("fp8")) == set()
     assert choose(None, QuantizationPolicy()) == set()

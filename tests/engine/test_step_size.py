@@ -17,7 +17,7 @@ from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy
 from jamba_server.engine.start.step_size import Rates, StepSize, choose_step_size, format_shares, measure_rates
 from jamba_server.engine.weight_sizes import weight_bytes, weight_matrices
 from jamba_server.kernels.activations import with_int8_activations
-from jamba_server.kernels.int8_activations import ALL_BITS
+from jamba_server.kernels.int8_activations import ALL_KINDS
 from jamba_server.kernels.table import select
 
 RATES = Rates(operations=0.4e12, bandwidth=30e9)
@@ -102,6 +102,6 @@ def test_a_format_with_a_small_share_is_left_out() -> None:
     ],
 )
 def test_products_with_every_format_are_measured(form: Format | None) -> None:
-    for kernels in (PLAIN, with_int8_activations(PLAIN, ALL_BITS)):
+    for kernels in (PLAIN, with_int8_activations(PLAIN, ALL_KINDS)):
         rates = measure_rates(kernels, torch.bfloat16, {form: 1.0}, configuration("tiny"), 1)
         assert rates.operations > 1e6 and rates.bandwidth > 1e6 and rates.others > 1e-9

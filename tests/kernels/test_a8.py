@@ -17,6 +17,7 @@ from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
+from jamba_server.kernels.int8_activations import Kind
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 from jamba_server.kernels.reference import a8 as reference
 from jamba_server.kernels.reference.linear import Linear as PlainReference
@@ -200,11 +201,14 @@ def test_other_weights_go_to_the_other_implementation(native: Library) -> None:
     x, linear, plain = random(3, 64), compiled(), PlainLinear()
     for weight in (random(4, 64), *weights):
         assert_same(linear(x, linear.pack(weight)), plain(x, plain.pack(weight)))
-    four, eight_bits = Linear(plain, frozenset({4})), quantized(4, 64, format="int8", group_size=ROW)
-    four_bits = quantized(4, 64, format="int4", group_size=32)
-    assert not isinstance(four.pack(eight_bits), StackedA8)
-    assert isinstance(four.pack(four_bits), StackedA8)
-    assert isinstance(four.pack(StackedWeight((eight_bits, four_bits))), StackedA8)
+    kinds = frozenset({Kind(4, is_fine=True), Kind(8, is_fine=True)})
+    chosen, coarse = Linear(plain, kinds), quantized(4, 64, format="int8", group_size=ROW)
+    four_bits, eight_bits = (quantized(4, 64, format=name, group_size=32) for name in ("int4", "int8"))
+    assert not isinstance(chosen.pack(coarse), StackedA8)
+    assert not isinstance(chosen.pack(quantized(4, 64, format="int4", group_size=64)), StackedA8)
+    assert isinstance(chosen.pack(four_bits), StackedA8)
+    assert isinstance(chosen.pack(eight_bits), StackedA8)
+    assert isinstance(chosen.pack(StackedWeight((coarse, four_bits))), StackedA8)
 
 
 @pytest.mark.parametrize("native", LEVELS[:1], indirect=True)

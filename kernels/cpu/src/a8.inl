@@ -323,8 +323,6 @@ struct A8Part {
 
 // A span is a range of blocks whose weights of one panel fit into the L1 or L2 cache.
 constexpr int64_t A8_SPAN_BYTES = 1 << 15;
-// The distance in bytes from the weights in use to the weights that are prefetched if only one tile uses them.
-constexpr int64_t A8_AHEAD = 8192;
 
 // Computes one panel of a part. Every tile computes one span before any tile starts the next span, and prefetches a
 // part of the next span. So the weights come from memory once.
@@ -343,7 +341,7 @@ void a8_panel(const A8Part<T>& part, const A8Layout& l, int64_t panel) {
         const int64_t stride = ceil_div(bytes, (end - first) * sharers);
         for (int64_t t = part.tile; t < part.tile_end; t++) {
             const int64_t at = tiles.first(t), size = tiles.size(t), turn = t - part.tile;
-            const int64_t ahead = sharers == 1 ? A8_AHEAD : next + turn * (end - first) * stride;
+            const int64_t ahead = sharers == 1 ? prefetch_distance() : next + turn * (end - first) * stride;
             const A8Walk walk{p.weights, &l, from, 0, part.x + at * row + first * (row / l.blocks) * size,
                               part.totals + at * groups, first, end, sums + turn * SUMS,
                               reinterpret_cast<const char*>(from) + ahead, stride};
