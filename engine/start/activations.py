@@ -22,10 +22,10 @@ INT8_BY_DEFAULT: Final[Mapping[tuple[str, str], frozenset[Kind]]] = {
 kinds of weights whose products use 8-bit activations by default.
 
 An entry is here if the products are faster for 1 to 16 rows and at most 5 % slower for 256 rows, and if the loss is at
-most 0.001 bits per byte (benchmarks/results/activation-products.md and activation-loss.md). There is one exception: a
-single row of weights of 8 bits with fine groups takes 1.06 times as long as with activations of 16 bits if a group has
-32 inputs, but from two rows on it is faster, so that a whole reply is. The products for AVX-VNNI were not measured:
-they do in one instruction what those for AVX2 do in two.
+most 0.001 bits per byte (benchmarks/results/activation-products-avx2.md and activation-loss.md). A single row of
+weights of 8 bits with a scale for each 32 inputs takes about as long as with activations of 16 bits (0.94 to 1.06 times
+as long in several runs). The products for AVX-VNNI were not measured: they do in one instruction what those for AVX2
+do in two.
 """
 
 
