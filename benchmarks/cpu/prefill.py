@@ -25,7 +25,6 @@ import torch
 from benchmarks.cpu.engine import PREFILL_TOKENS, RESULTS
 from benchmarks.http.serving import describe_commit
 from benchmarks.shapes import SHAPES, Format, active_parameters, write_config
-from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.types import SamplingParams
 from jamba_server.llm import LLM
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
@@ -77,8 +76,9 @@ def measure(shape: str, stored: Format, threads: int, program: Path) -> list[str
             rates.append(fma_rate(program, threads))
         time_taken, rate = statistics.median(taken), statistics.median(rates)
         lines.append(
-            f"| {shape} | {stored.name} | {llm.core.info.max_num_batched_tokens} | {PREFILL_TOKENS / time_taken:,.0f} | "
-            f"{operations / time_taken / 1e12:.3f} | {rate / 1e12:.3f} | {operations / time_taken / rate:.0%} |"
+            f"| {shape} | {stored.name} | {llm.core.info.max_num_batched_tokens} | "
+            f"{PREFILL_TOKENS / time_taken:,.0f} | {operations / time_taken / 1e12:.3f} | "
+            f"{rate / 1e12:.3f} | {operations / time_taken / rate:.0%} |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -97,8 +97,9 @@ def main() -> None:
     lines = [
         f"# {options.name}",
         "",
-        f"Prefill of {PREFILL_TOKENS} tokens with AVX2, in process: {describe_machine().cpu}, {options.threads} threads, "
-        f"{describe_versions(('torch',))}, {utc_now()}, commit {describe_commit()}. Medians of {TURNS} turns.",
+        f"Prefill of {PREFILL_TOKENS} tokens with AVX2, in process: {describe_machine().cpu}, "
+        f"{options.threads} threads, {describe_versions(('torch',))}, {utc_now()}, commit {describe_commit()}. "
+        f"Medians of {TURNS} turns.",
         "",
         "| shape | format | tokens in a step | tokens/s | TFLOP/s | multiply-add units, TFLOP/s | share |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
