@@ -171,8 +171,10 @@ def walk(
             b_next = vectors(b + s, b_stride, t + GROUP, last, inside_s, GROUP)
             c_next = vectors(c + s, c_stride, t + GROUP, last, inside_s, GROUP)
             # The rows of the group from row `stop` on get a step size of 0, which leaves the state unchanged.
+            # Their u and b are zeros here too, because zero times a number that is infinite or NaN is NaN.
             delta = tl.where(t + group < stop, softplus(dt_t + bias), 0.0)
-            drive, read = delta * u_t, tl.zeros((GROUP, BLOCK_D), tl.float32)
+            drive = tl.where(t + group < stop, delta * u_t, 0.0)
+            read = tl.zeros((GROUP, BLOCK_D), tl.float32)
             for k in tl.static_range(GROUP):
                 h = decayed(h, row_of(delta, group, k), row_of(drive, group, k), b_t[k], rate)
                 read = tl.where(group == k, tl.sum(h * c_t[k][None, :], axis=1)[None, :], read)
@@ -191,10 +193,10 @@ def walk(
 def vectors(
     at: tl.tensor, stride: tl.tensor, row: tl.tensor, last: tl.tensor, mask: tl.tensor, GROUP: tl.constexpr
 ) -> tl.tuple:
-    """Returns the vectors [S] of b or c for GROUP rows, from `row` on. Rows after `last` are replaced by row `last`."""
+    """Returns the vectors [S] of b or c for GROUP rows, from `row` on. Rows after `last` are replaced by zeros."""
     rows = ()
     for k in tl.static_range(GROUP):
-        rows += (load(at + tl.minimum(row + k, last).to(tl.int64) * stride, mask),)
+        rows += (load(at + tl.minimum(row + k, last).to(tl.int64) * stride, mask & (row + k <= last)),)
     return rows
 
 
