@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jamba_server.kernels.cpu.library import EMULATED, library
 from jamba_server.kernels.ops import AttentionDecode, AttentionPrefill, Pages
+from jamba_server.kernels.triton import interpreted
 from tests.kernels import oracle
 from tests.kernels.cases import (
     DTYPES,
@@ -208,7 +209,8 @@ def test_batch_mates_change_nothing(
 
 @each_implementation("attention_prefill", "attention_decode", but="cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spoilt", [False, True])
+# Triton's interpreter, unlike a GPU, reads a NaN in float8_e4m3fn as the number 480 or -480.
+@pytest.mark.parametrize("spoilt", [False] if interpreted() else [False, True])
 def test_pages_in_fp8(
     attention_prefill: AttentionPrefill, attention_decode: AttentionDecode, spoilt: bool, dtype: torch.dtype
 ) -> None:
