@@ -56,19 +56,36 @@ def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scal
     offsets = torch.arange(TILE, device=q.device).repeat(group)
     for block_start in range(0, context_len, KEYS):
         k, v, key_positions = _gather(pages, block_table, block_start, context_len)
+        finite = bool(v.isfinite().all())
         for i, tile_start in enumerate(tile_starts):
             if tile_start + TILE <= block_start:
                 continue
             # The bits of a matrix product might depend on the memory alignment. `clone` gives all tiles the same one.
             scores = tiles[i].clone() @ k
-            scores.masked_fill_(key_positions > tile_start + offsets[:, None], -torch.inf)
+            hidden = key_positions > tile_start + offsets[:, None]
+            scores.masked_fill_(hidden, -torch.inf)
             # The first block contains key 0, which every row sees. Each row's maximum is thus finite from then on.
             new_maximum = torch.maximum(maximum[i], scores.amax(-1, keepdim=True))
             weights, rescale = torch.exp(scores - new_maximum), torch.exp(maximum[i] - new_maximum)
             weight_sum[i] = weight_sum[i] * rescale + weights.sum(-1, keepdim=True)
-            values[i] = values[i] * rescale + weights @ v
+            product = weights @ v if finite else _product_of_visible(weights, v, hidden)
+            values[i] = values[i] * rescale + product
             maximum[i] = new_maximum
     return _from_tiles(values / weight_sum, lead, len(q))
+
+
+def _product_of_visible(weights: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """Returns weights @ v: [G, rows, Z]. In the product for a row, the values that the row does not see are zeros.
+
+    The weight of such a value is zero, but the product of zero and an infinite value or NaN is NaN. weights: [G, rows,
+    KEYS]; v: [G, KEYS, Z]; hidden: bool [rows, KEYS]. There is one product of the usual shape for each token of the
+    tile, so a row's bits do not depend on the number of tokens that the tile holds.
+    """
+    product = weights.new_empty(*weights.shape[:2], v.shape[2])
+    for token in range(TILE):
+        visible = v.masked_fill(hidden[token, :, None], 0.0)
+        product[:, token::TILE] = (weights @ visible)[:, token::TILE]
+    return product
 
 
 def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
@@ -95,7 +112,7 @@ def _gather(pages: Pages, block_table: Tensor, start: int, context_len: int) -> 
 
     The keys are float32 [G, Z, KEYS], the values float32 [G, KEYS, Z], the positions [KEYS]. For positions after the
     end of the context, the keys and values of the last token are repeated. No row sees these copies. They are used
-    because their numbers are finite, which the numbers in the unused part of a page might not be.
+    because their numbers are usually finite, unlike the numbers in the unused part of a page.
     """
     positions = torch.arange(start, start + KEYS, device=block_table.device)
     tokens = positions.clamp(max=context_len - 1)

@@ -14,7 +14,15 @@ of four warps then share the keys and values that they load. Each row stays in o
 
 A program computes its values as two halves of at most 64 columns, with one product each. For a wider product the
 compiler would divide the columns among the warps instead of the rows, so that every warp would hold all queries.
+
+A softmax weight of zero hides a key from the rows that do not see it, but zero times a value that is infinite or NaN is
+NaN. Decode loads no key that its token does not see. Prefill looks for NaN in its results. If it finds one, it may
+compute the tokens of the tile again, one by one, so that each token has the bits that it has in decode.
 """
+
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -170,24 +178,34 @@ def prefill_kernel(
     # An unused row of the tile attends to one key. If an unused row attended to no key, its sum of softmax weights
     # would be zero, and the division by this sum would give NaN.
     visible = tl.where(filled, context - length + t + 1, 1)
-    last = tl.minimum(context, context - length + first + ROWS // GROUP)
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
     table = block_tables + sequence.to(tl.int64) * table_stride
     column = part * (2 * HALF) + tl.arange(0, HALF)[None, :]
-    maximum, weight_sum = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    low, high = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
-    for split in range(0, last, SPLIT):
-        more_maximum, more_weight_sum, more_low, more_high = attend(
-            tile, k_head, v_head, table, visible, split, last, column, page_stride, token_stride, scale,
+    # The first pass computes all tokens of the tile. If a value that some rows do not see may have made these rows NaN,
+    # each further pass computes one token, and loads only the keys and values that this token sees, as decode does.
+    token, end = first - 1, tl.minimum(first + ROWS // GROUP, length)
+    while token < end:
+        # The number of the sequence's first row is loaded again. Otherwise the compiler would compute the addresses of
+        # the output before the loop, and keep them in registers while it attends.
+        alone, row = token >= first, tl.load(query_start + sequence) + t
+        stop = tl.where(alone, token + 1, end)
+        last = context - length + stop
+        weight_sum, low, high = attend_splits(
+            tile, k_head, v_head, table, visible, last, column, page_stride, token_stride, scale,
             SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
         )  # fmt: skip
-        _, _, low = merge(maximum, weight_sum, low, more_maximum, more_weight_sum, more_low)
-        maximum, weight_sum, high = merge(maximum, weight_sum, high, more_maximum, more_weight_sum, more_high)
-    at = out + ((start + t).to(tl.int64) * heads + head)[:, None] * SIZE + column
-    mask, weight_sum = filled[:, None] & (column < SIZE), weight_sum[:, None]
-    tl.store(at, rounded(low / weight_sum, out.type.element_ty), mask=mask)
-    mask = filled[:, None] & (column + HALF < SIZE)
-    tl.store(at + HALF, rounded(high / weight_sum, out.type.element_ty), mask=mask)
+        low, high = low / weight_sum[:, None], high / weight_sum[:, None]
+        out_at = out + (row.to(tl.int64) * heads + head)[:, None] * SIZE + column
+        chosen = (filled & (t >= token) & (t < stop))[:, None]
+        tl.store(out_at, rounded(low, out.type.element_ty), mask=chosen & (column < SIZE))
+        tl.store(out_at + HALF, rounded(high, out.type.element_ty), mask=chosen & (column + HALF < SIZE))
+        again = alone
+        if (token < first) & has_nan(weight_sum, low, high, filled):
+            unseen = context - length + first + 1
+            again = is_any_not_finite(
+                tile.dtype, v_head, table, unseen, last, column, page_stride, token_stride, SIZE, BLOCK_SIZE, HALF, KEYS
+            )
+        token = tl.where(again, token + 1, end)
 
 
 @jit(do_not_specialize=["splits", "first", "table_stride"])
@@ -265,6 +283,60 @@ def merge_kernel(
         place += 1
     at = out + (row + first.to(tl.int64) * tl.num_programs(0)) * SIZE + z
     tl.store(at, rounded(merged / weight_sum[:, None], out.type.element_ty), mask=z < SIZE)
+
+
+@jit
+def attend_splits(
+    q: tl.tensor, k_head: tl.tensor, v_head: tl.tensor, table: tl.tensor, visible: tl.tensor,
+    last: tl.tensor, column: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, scale: tl.tensor,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """Computes attention over all keys before `last`, and merges the splits in order.
+
+    Returns the sum of weights and two halves of the weighted sum of values, as the function `attend` does.
+    """
+    maximum, weight_sum = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    low, high = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
+    for split in range(0, last, SPLIT):
+        more_maximum, more_weight_sum, more_low, more_high = attend(
+            q, k_head, v_head, table, visible, split, last, column, page_stride, token_stride, scale,
+            SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
+        )  # fmt: skip
+        _, _, low = merge(maximum, weight_sum, low, more_maximum, more_weight_sum, more_low)
+        maximum, weight_sum, high = merge(maximum, weight_sum, high, more_maximum, more_weight_sum, more_high)
+    return weight_sum, low, high
+
+
+@jit
+def has_nan(weight_sum: tl.tensor, low: tl.tensor, high: tl.tensor, filled: tl.tensor) -> tl.tensor:
+    """Returns whether one of the rows `filled` holds a NaN that a value may have caused, which it should not see.
+
+    The product of a softmax weight of zero and a value that is infinite or NaN is NaN. If the sum of a row's weights is
+    NaN, keys that the row sees have caused that, and the whole row is NaN in any case.
+    """
+    nan = tl.max(((low != low) | (high != high)).to(tl.int32), axis=1)
+    return tl.max(tl.where(filled & (weight_sum == weight_sum), nan, 0), axis=0) > 0
+
+
+@jit
+def is_any_not_finite(
+    dtype: tl.constexpr, v_head: tl.tensor, table: tl.tensor, start: tl.tensor, end: tl.tensor, column: tl.tensor,
+    page_stride: tl.tensor, token_stride: tl.tensor,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Returns whether a value of the keys `start` to `end` - 1 is infinite or NaN, in the columns of the program."""
+    found = tl.zeros((KEYS, HALF), tl.int32)
+    for block in range(start, end, KEYS):
+        key = block + tl.arange(0, KEYS)
+        page = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+        v_at = v_head + (page * page_stride + key % BLOCK_SIZE * token_stride)[:, None] + column
+        inside = (key < end)[:, None]
+        low = tl.load(v_at, mask=inside & (column < SIZE), other=0.0).to(dtype).to(tl.float32)
+        high = tl.load(v_at + HALF, mask=inside & (column + HALF < SIZE), other=0.0).to(dtype).to(tl.float32)
+        # The product of zero and a number that is infinite or NaN is NaN.
+        found |= ((low * 0.0 != 0.0) | (high * 0.0 != 0.0)).to(tl.int32)
+    return tl.max(tl.max(found, axis=1), axis=0) > 0
 
 
 @jit

@@ -157,11 +157,8 @@ def walk(
         target = tl.where(more, tl.load(save_slots + i, mask=more, other=0).to(tl.int64), slot)
         last = tl.maximum(stop - 1, first)
         rows = tl.minimum(row + group, last).to(tl.int64)
-        u_t, dt_t, z_t = (
-            load(u_at + rows * u_stride, inside),
-            load(dt_at + rows * dt_stride, inside),
-            load(z_at + rows * z_stride, inside),
-        )
+        u_t, dt_t = load(u_at + rows * u_stride, inside), load(dt_at + rows * dt_stride, inside)
+        z_t = load(z_at + rows * z_stride, inside)
         b_t = vectors(b + s, b_stride, row, last, inside_s, GROUP)
         c_t = vectors(c + s, c_stride, row, last, inside_s, GROUP)
         for t in range(row, stop, GROUP):
@@ -170,9 +167,11 @@ def walk(
             z_next = load(z_at + next_rows * z_stride, inside)
             b_next = vectors(b + s, b_stride, t + GROUP, last, inside_s, GROUP)
             c_next = vectors(c + s, c_stride, t + GROUP, last, inside_s, GROUP)
-            # The rows of the group from row `stop` on get a step size of 0, which leaves the state unchanged.
-            delta = tl.where(t + group < stop, softplus(dt_t + bias), 0.0)
-            drive, read = delta * u_t, tl.zeros((GROUP, BLOCK_D), tl.float32)
+            # The rows of the group from row `stop` on get a step size of 0, which leaves the state unchanged. Their
+            # products with u and b are zeros, too: zero times a number that is infinite or NaN would be NaN.
+            used, read = t + group < stop, tl.zeros((GROUP, BLOCK_D), tl.float32)
+            delta = tl.where(used, softplus(dt_t + bias), 0.0)
+            drive = tl.where(used, delta * u_t, 0.0)
             for k in tl.static_range(GROUP):
                 h = decayed(h, row_of(delta, group, k), row_of(drive, group, k), b_t[k], rate)
                 read = tl.where(group == k, tl.sum(h * c_t[k][None, :], axis=1)[None, :], read)
@@ -191,10 +190,10 @@ def walk(
 def vectors(
     at: tl.tensor, stride: tl.tensor, row: tl.tensor, last: tl.tensor, mask: tl.tensor, GROUP: tl.constexpr
 ) -> tl.tuple:
-    """Returns the vectors [S] of b or c for GROUP rows, from `row` on. Rows after `last` are replaced by row `last`."""
+    """Returns the vectors [S] of b or c for GROUP rows, from `row` on. Rows after `last` are replaced by zeros."""
     rows = ()
     for k in tl.static_range(GROUP):
-        rows += (load(at + tl.minimum(row + k, last).to(tl.int64) * stride, mask),)
+        rows += (load(at + tl.minimum(row + k, last).to(tl.int64) * stride, mask & (row + k <= last)),)
     return rows
 
 

@@ -311,7 +311,7 @@ class Guard:
 
         element = ptrs.get_element_ty()
         dtype = interpreter._get_np_dtype(element)  # pyright: ignore[reportPrivateUsage]
-        self.launch.touch(ptrs.data, mask.data, None)
+        self.launch.touch(ptrs.data, lanes_of(mask), None)
         if other is None:
             # of a scalar it may have been given: triton drops one that is zero
             otherwise = np.full(ptrs.data.shape, poison(element, dtype) if ptrs.data.size > 1 else 0, dtype)
@@ -323,7 +323,7 @@ class Guard:
     def store(self, builder: Any, ptrs: Any, value: Any, mask: Any, *_: object) -> Any:
         from triton.runtime import interpreter
 
-        self.launch.touch(ptrs.data, mask.data, value.data)
+        self.launch.touch(ptrs.data, lanes_of(mask), value.data)
         return interpreter._interpreter.store(ptrs.data & ADDRESS, value.data, mask.data)  # pyright: ignore
 
     def barrier(self, builder: Any) -> None:
@@ -331,6 +331,12 @@ class Guard:
 
     def atomic(self, builder: Any, *_: object) -> None:
         self.launch.fail("uses an atomic operation, which the guard does not know")
+
+
+def lanes_of(mask: Any) -> NDArray[np.bool_]:
+    """Returns a mask as booleans. If the interpreter broadcasts a comparison of two scalars to a tile, the tile has the
+    dtype of the scalars, such as int32. NumPy would take such numbers for the indices of elements."""
+    return mask.data.astype(np.bool_, copy=False)
 
 
 def poison(element: Any, dtype: np.dtype[Any]) -> Any:

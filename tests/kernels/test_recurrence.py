@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -163,3 +164,27 @@ def test_scan(
     check: Callable[[Recurrence], None],
 ) -> None:
     check(scan(selective_scan, selective_state_update, dtype))
+
+
+@each_implementation("selective_scan", "selective_state_update")
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("spoilt", ["u", "b"])
+def test_an_input_of_the_scan_that_is_not_finite(
+    selective_scan: SelectiveScan, selective_state_update: SelectiveStateUpdate, spoilt: str, bad: float
+) -> None:
+    """It makes the same elements of the state infinite or NaN, whether the chunk ends with it or later."""
+    u, dt, b, c, z = (random(8, size, seed=seed) for seed, size in enumerate((CHANNELS, CHANNELS, 16, 16, CHANNELS)))
+    {"u": u, "b": b}[spoilt][4, 5] = bad
+    weights = ScanWeights(-torch.exp(random(CHANNELS, 16, seed=7)), torch.ones(CHANNELS), torch.zeros(CHANNELS))
+    inputs = ScanInputs(u, dt, b, c, z)
+    with np.errstate(invalid="ignore"):
+        for length in range(5, 9):
+            state, single = (torch.zeros(2, CHANNELS, 16) for _ in range(2))
+            rows = ScanInputs(*(tensor[:length] for tensor in inputs))
+            out = selective_scan(rows, weights, state, segments([length], [1], [False]))
+            ids = torch.tensor([1], dtype=torch.int32)
+            one_by_one = [ScanInputs(*(tensor[t : t + 1] for tensor in inputs)) for t in range(length)]
+            parts = [selective_state_update(row, weights, single, ids) for row in one_by_one]
+            assert_same(torch.cat(parts), out)
+            assert_same(state, single)
+            assert not state.isfinite().all() and out[:4].isfinite().all()

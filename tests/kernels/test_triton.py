@@ -53,6 +53,43 @@ def test_splits_of_keys_are_merged(
 
 
 @each_implementation("attention_prefill", "attention_decode")
+def test_a_value_that_is_not_finite_reaches_no_token_of_the_split_before(
+    attention_prefill: AttentionPrefill, attention_decode: AttentionDecode
+) -> None:
+    """The tile has tokens of both splits, and those of the first see no key of the second."""
+    context, first, bad = SPLIT + 9, SPLIT - 6, SPLIT + 3
+    k, v = keys_and_values(context, 1, 16, torch.bfloat16)
+    q = random(context - first, 4, 16, dtype=torch.bfloat16, seed=9)
+    v[bad] = torch.nan
+    out = attention_prefill(q, paged([(k, v)], 16), query_start([len(q)]), len(q), SCALE)
+    assert out.isnan().all(2).all(1).tolist() == [first + row >= bad for row in range(len(q))]
+    known = [(k[: first + row + 1], v[: first + row + 1]) for row in range(len(q))]
+    assert_same(attention_decode(q, paged(known, 16), SCALE), out)
+
+
+@each_implementation("attention_prefill", but="reference")
+@pytest.mark.parametrize(
+    ("bad", "again"), [([], 0), ([0], 0), ([31], 0), ([31, 36], 8), ([32], 8), ([38], 8), ([39], 0), ([40], 2)]
+)
+def test_a_tile_is_computed_again_only_for_values_that_not_all_its_tokens_see(
+    attention_prefill: AttentionPrefill, bad: list[int], again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only chunk has a tile for the tokens 31 to 38, and one for the tokens 39 and 40. A tile that is computed
+    again has one pass more for each of its tokens."""
+    attention = pytest.importorskip(
+        "jamba_server.kernels.triton.attention", reason="the package triton is not installed"
+    )
+    if not jamba_server.kernels.triton.interpreted():
+        pytest.skip("the passes of a compiled kernel cannot be counted")
+    k, v = keys_and_values(41, 1, 16, torch.bfloat16)
+    v[bad] = torch.nan
+    calls, attend = list[object](), attention.attend_splits
+    monkeypatch.setattr(attention, "attend_splits", lambda *args: calls.append(args) or attend(*args))
+    attention_prefill(random(10, 8, 16, dtype=torch.bfloat16), paged([(k, v)], 16), query_start([10]), 10, SCALE)
+    assert len(calls) == 2 + again
+
+
+@each_implementation("attention_prefill", "attention_decode")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [4, 40])
 def test_wide_heads(
