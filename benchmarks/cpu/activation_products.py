@@ -56,6 +56,7 @@ def calls(level: str, shape: tuple[int, int]) -> dict[tuple[str, str], list[Call
 
 
 def random_weight(name: str, shape: tuple[int, int]) -> QuantizedWeight:
+    """Returns a weight with random numbers and scales in one of the formats of ALL_FORMATS."""
     if name in FORMATS:
         return quantize(torch.randn(*shape), next(known for known in FORMATS if known == name))
     weight = empty(ALL_FORMATS[name], shape, torch.device("cpu"))
