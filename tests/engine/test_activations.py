@@ -14,7 +14,7 @@ from jamba_server.engine.quantization import Format, QuantizationPolicy
 from jamba_server.engine.start import activations
 from jamba_server.engine.start.activations import int8_activations
 from jamba_server.kernels.cpu.library import Library, library
-from jamba_server.kernels.int8_activations import Kind
+from jamba_server.kernels.int8_activations import ALL_KINDS, Kind
 from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, SUBJECT
 
@@ -108,3 +108,13 @@ def test_the_engine_says_which_activations_it_uses(tmp_path: Path) -> None:
         [reply] = llm.generate([SUBJECT], max_tokens=4, temperature=0.0, logprobs=1)
         scores.append([entry.logprob for entry in reply.logprobs])
     assert scores[0] != scores[1]
+
+
+def test_default_and_explicit_int8_differ_where_a_file_has_coarse_groups() -> None:
+    """So the fingerprint of saved states, which has these kinds, differs too."""
+    mixed = {"a": Format(bits=4, limit=8, group_size=32), "b": Format(bits=8, limit=127, group_size=64)}
+    policy = QuantizationPolicy(blocks=mixed)
+    explicit = choose("int8", policy)
+    assert explicit == ALL_KINDS
+    for default in activations.INT8_BY_DEFAULT.values():
+        assert Kind(8, is_fine=False) not in default
