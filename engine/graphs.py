@@ -235,14 +235,14 @@ class StepGraphs:
         arrays = self._arrays(key, chunks, sampled)
         rows = logit_rows(chunks, padding=key.rows - sum(chunk.is_decode for chunk in chunks)) if key.prompts else None
         extra = [*changes, *([] if rows is None else [rows])] if any(map(len, changes)) or rows is not None else []
-        inputs, more = self._send(arrays, extra)
+        more = self._send(arrays, extra)
         if self._tables is not None and more:
             self._tables.apply(more[0], more[1])
         if (graph := self._graphs.get(key)) is not None:
             hidden = graph.replay()
         else:
             graph = self._new_graph()
-            batch = partial(self._batch, key, inputs, sampled)
+            batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
             hidden = graph.capture(lambda: self._model.forward(batch(), self._storage))
             self._graphs[key] = graph  # only after the capture: a failed capture leaves no incomplete graph
             self._seen.pop(key, None)
@@ -266,19 +266,17 @@ class StepGraphs:
         sources = [] if sampled is None else [sampled.sources(decodes, key.rows + key.tokens)]
         return [*rows, *arrays, *sources]
 
-    def _send(self, arrays: list[Array], extra: list[Array]) -> tuple[list[Tensor], list[Tensor]]:
-        """Copies the inputs of a graph into the input buffer, and further arrays of the step behind them. Returns both
-        as tensors on the device."""
-        fits = packed_bytes([*arrays, *extra]) <= len(self._inputs)
+    def _send(self, arrays: list[Array], extra: list[Array]) -> list[Tensor]:
+        """Copies the inputs of a graph into the input buffer, and further arrays of the step behind them. Returns the
+        further arrays as tensors on the device."""
+        fits = not extra or packed_bytes([*arrays, *extra]) <= len(self._inputs)
         sent = [*arrays, *extra] if fits else arrays
         if self._inputs.is_cuda:
             packed = pack(sent, torch.empty(packed_bytes(sent), dtype=torch.uint8, pin_memory=True))
             self._inputs[: len(packed)].copy_(packed, non_blocking=True)
         else:
             pack(sent, self._inputs)
-        tensors = cut(self._inputs, sent)
-        more = tensors[len(arrays) :] if fits else upload(extra, self._inputs.device)
-        return tensors[: len(arrays)], more
+        return cut(self._inputs, extra, packed_bytes(arrays)) if fits else upload(extra, self._inputs.device)
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
         """Returns the batch whose tensors a graph reads. The tensors of the batch are the argument `inputs`. These

@@ -178,7 +178,8 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         plan = Plan(budget, budget - budget // RESERVED_PART)
         self._fill(plan, now, background=False)
-        if not plan.has_prompts:
+        has_background = self.waiting.number(background=True) or (self.running and self.running[-1].is_background)
+        if has_background and not plan.has_prompts:
             if plan.chunks:
                 plan.hold_back(budget // BACKGROUND_PART)
             self._fill(plan, now, background=True)
@@ -423,8 +424,7 @@ class Scheduler:
         """Appends sampled tokens to the sequence, up to and including the first token that ends the sequence. Returns
         the finish reason, or None if the sequence goes on."""
         if not token_ids:
-            # The request has max_tokens 0: it asks for no reply, only for the computation of the prompt.
-            return "length"
+            return "length"  # the request has max_tokens 0: it asks only for the computation of the prompt
         for token_id in token_ids:
             if (constraint := seq.constraint) is not None:
                 if not constraint.error:

@@ -76,6 +76,7 @@ class Sequence:
     restoring: bool = False
     num_restores: int = 0
     restored: RestoredPrefix | None = None
+    is_background: bool = False
 
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float, constraint: Constraint | None = None) -> Sequence:
@@ -97,15 +98,12 @@ class Sequence:
             num_prompt_logprobs=request.num_prompt_logprobs,
             constraint=constraint,
             num_reported=len(tokens),
+            is_background=request.is_background,
         )
 
     @property
     def params(self) -> SamplingParams:
         return self.request.params
-
-    @property
-    def is_background(self) -> bool:
-        return self.request.is_background
 
     @property
     def parent(self) -> str:

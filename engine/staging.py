@@ -48,11 +48,10 @@ def pack(arrays: Sequence[Array], packed: Tensor) -> Tensor:
     return packed
 
 
-def cut(packed: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
-    """Returns views of `packed`, which `pack` filled with `arrays`: one view for each array, with the shape and dtype
-    of the array."""
+def cut(packed: Tensor, arrays: Sequence[Array], start: int = 0) -> list[Tensor]:
+    """Returns views of `packed`, which `pack` filled with `arrays` from the byte `start` on: one view for each array,
+    with the shape and dtype of the array."""
     tensors: list[Tensor] = []
-    start = 0
     for array in arrays:
         tensors.append(packed[start : start + array.nbytes].view(DTYPES[array.dtype]).view(array.shape))
         start += _aligned(array.nbytes)

@@ -103,7 +103,7 @@ class Linear:
     """
 
     def __init__(self, other: ops.Linear) -> None:
-        self._other = other
+        self._other, self._gated = other, other.gated if isinstance(other, GatedLinear) else None
 
     def pack(self, weight: Weight) -> Any:
         """Returns the weight as `other.pack` returns it. Only a quantised weight gets another layout."""
@@ -121,9 +121,9 @@ class Linear:
 
     def gated(self, x: Tensor, weight: Any, activation: ops.SiluAndMul) -> Tensor:
         """See the protocol `kernels.gated_linear.GatedLinear` for the arguments and the result."""
-        if not isinstance(self._other, GatedLinear) or (isinstance(weight, Tensor) and len(x) >= MIN_ROWS):
+        if self._gated is None or (isinstance(weight, Tensor) and len(x) >= MIN_ROWS):
             return activation(self(x, weight))
-        return self._other.gated(x, weight, activation)
+        return self._gated(x, weight, activation)
 
     def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """See the protocol `kernels.ops.Linear`. The weight is one that `other.pack` has packed."""

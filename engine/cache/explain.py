@@ -16,7 +16,7 @@ The reasons, in the order in which they are tried:
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Protocol, get_args
@@ -76,23 +76,27 @@ class PrefixCounts:
     read_disabled: int = 0
     joined: int = 0
     tiers: Counter[CacheTier] = field(default_factory=Counter[CacheTier])
+    _totals: dict[str, int] | None = None  # what `totals` has returned, until something else is counted
 
     @property
-    def totals(self) -> dict[str, int]:
+    def totals(self) -> Mapping[str, int]:
         """Returns the counts by the names of the fields of `EngineStats`."""
-        return {
-            "prefix_queries_total": self.queries,
-            "prefix_hits_total": self.hits,
-            **{f"hits_{tier}_total": self.tiers[tier] for tier in get_args(CacheTier)},
-            "missed_no_state_total": self.no_state,
-            "missed_evicted_total": self.evicted,
-            "missed_not_seen_total": self.not_seen,
-            "missed_read_disabled_total": self.read_disabled,
-            "num_joined_total": self.joined,
-        }
+        if self._totals is None:
+            self._totals = {
+                "prefix_queries_total": self.queries,
+                "prefix_hits_total": self.hits,
+                **{f"hits_{tier}_total": self.tiers[tier] for tier in get_args(CacheTier)},
+                "missed_no_state_total": self.no_state,
+                "missed_evicted_total": self.evicted,
+                "missed_not_seen_total": self.not_seen,
+                "missed_read_disabled_total": self.read_disabled,
+                "num_joined_total": self.joined,
+            }
+        return self._totals
 
     def add(self, cache: CacheManager, seq: Sequence, hit: PrefixHit) -> None:
         """Counts a sequence that starts for the first time with the cached prefix `hit`."""
+        self._totals = None
         self.joined += seq.has_waited
         if seq.params.prompt_logprobs is not None or not cache.enabled:
             return

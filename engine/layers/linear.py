@@ -43,7 +43,8 @@ class Linear:
     ) -> None:
         self._backend = backend
         self._role: Role = role
-        self._linear = backend.linear(role)
+        self._linear = linear = backend.linear(role)
+        self._gated = linear.gated if isinstance(linear, GatedLinear) else None
         self._parts, self._pieces, self.is_shared = dict(parts), pieces, shared is not None
         # The raw weights: one for all neighbouring projections that have the same format in memory.
         self._raw: list[tuple[list[str], Raw]] = [(list(parts), shared)] if shared is not None else []
@@ -73,9 +74,9 @@ class Linear:
     def gated(self, x: Tensor, activation: SiluAndMul) -> Tensor:
         """Returns activation(self(x)), in one kernel where the implementation of the product has one. There must be no
         bias."""
-        if isinstance(self._linear, GatedLinear):
-            return self._linear.gated(x, self._weight, activation)
-        return activation(self(x))
+        if self._gated is None:
+            return activation(self(x))
+        return self._gated(x, self._weight, activation)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """Splits the output [T, N] into one view for each projection. The row stride of each view is N."""
