@@ -27,16 +27,25 @@ inline int64_t x_row(const Weights& w) {
     return x_inputs(w.k) + (w.quantized() && w.shift != Shift::none ? w.groups() : 0);
 }
 
+// Packs N rows of the input x, from row `first` on, for a tile of `size` rows. `out` is the address of the first of them
+// in the packed tile.
+template <int N, class T>
+INLINE void pack_group(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
+    const T* x[N];
+    for (int m = 0; m < N; m++) x[m] = p.x + (p.rows ? p.rows[first + m] : first + m) * p.x_stride;
+    for (int64_t k = 0; k < p.weights.k; k += 2 * WIDTH, out += WIDTH * X_PER_PAIR * size) {
+        interleave_rows<N>(x, p.weights.k - k < 2 * WIDTH ? p.weights.k - k : 2 * WIDTH, out, size);
+        for (int m = 0; m < N; m++) x[m] += 2 * WIDTH;
+    }
+}
+
 // Packs rows `first` to `first` + `size` - 1 of the input x into `out`, in the order in which a tile reads these rows.
 template <class T>
 void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
-    for (int64_t m = 0; m < size; m++) {
-        const T* x = p.x + (p.rows ? p.rows[first + m] : first + m) * p.x_stride;
-        for (int64_t k = 0; k < p.weights.k; k += 2 * WIDTH) {
-            const int64_t n = p.weights.k - k < 2 * WIDTH ? p.weights.k - k : 2 * WIDTH;
-            interleave_pairs(x + k, n, out + k / 2 * X_PER_PAIR * size + m * X_NEIGHBOURS, size);
-        }
-    }
+    int64_t m = 0;
+    for (; m + 4 <= size; m += 4) pack_group<4>(p, first + m, size, out + m * X_NEIGHBOURS);
+    for (; m + 2 <= size; m += 2) pack_group<2>(p, first + m, size, out + m * X_NEIGHBOURS);
+    if (m < size) pack_group<1>(p, first + m, size, out + m * X_NEIGHBOURS);
     const int64_t used = ceil_div(p.weights.k, 2 * X_NEIGHBOURS) * X_NEIGHBOURS * X_PER_PAIR, row = x_inputs(p.weights.k);
     std::memset(out + used * size, 0, (row - used) * size * sizeof(*out));
     if (x_row(p.weights) > row) sum_groups(p, first, size, reinterpret_cast<float*>(out + row * size));

@@ -69,10 +69,14 @@ INLINE void separate_rows(const Vec (&c)[sum_rows(MR)][NV], Vec (&sums)[MR][NV])
     }
 }
 
-INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
-    PackedX pairs[WIDTH] = {};
-    std::memcpy(pairs, x, n * sizeof(bf16));
-    for (int64_t i = 0; i < (n + 1) / 2; i += 2) std::memcpy(out + i * rows, pairs + i, 2 * sizeof(*out));
+// Packs n <= 2 * WIDTH elements of each of N rows of x for a tile of `rows` rows.
+template <int N>
+INLINE void interleave_rows(const bf16* const (&x)[N], int64_t n, PackedX* out, int64_t rows) {
+    for (int m = 0; m < N; m++) {
+        PackedX pairs[WIDTH] = {};
+        std::memcpy(pairs, x[m], n * sizeof(bf16));
+        for (int64_t i = 0; i < (n + 1) / 2; i += 2) std::memcpy(out + i * rows + 2 * m, pairs + i, 2 * sizeof(*out));
+    }
 }
 #elif defined(DOT_PRODUCTS)
 constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
@@ -99,12 +103,13 @@ INLINE void multiply_pair(Vec (&c)[MR][VECTORS * NS], const Reader<W>& reader, c
     }
 }
 
-// Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i is written to out[i *
-// rows]. The pairs with the same number i are therefore adjacent for all rows of the tile.
-INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
-    PackedX pairs[WIDTH] = {};
-    std::memcpy(pairs, x, n * sizeof(bf16));
-    for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
+// Packs n <= 2 * WIDTH elements of each of N rows of x for a tile of `rows` rows. Pair i of row m is written to out[i *
+// rows + m]. The pairs with the same number i are therefore adjacent for all rows of the tile.
+template <int N>
+INLINE void interleave_rows(const bf16* const (&x)[N], int64_t n, PackedX* out, int64_t rows) {
+    PackedX pairs[N][WIDTH] = {};
+    for (int m = 0; m < N; m++) std::memcpy(pairs[m], x[m], n == 2 * WIDTH ? sizeof(pairs[m]) : n * sizeof(bf16));
+    interleave_words<N, WIDTH>(pairs, (n + 1) / 2, out, rows);
 }
 #else
 #if defined(LEVEL_NEON)
@@ -138,12 +143,20 @@ INLINE void multiply_pair(Vec (&c)[MR][VECTORS * NS], const Reader<W>& reader, c
     }
 }
 
-template <class T>
-INLINE void interleave_pairs(const T* x, int64_t n, PackedX* out, int64_t rows) {
-    float wide[2 * WIDTH];
-    store(wide, load(x, n < WIDTH ? n : WIDTH));
-    store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
-    for (int64_t i = 0; i < (n + 1) / 2 * 2; i++) out[i * rows] = wide[i];
+// Packs n <= 2 * WIDTH elements of each of N rows of x for a tile of `rows` rows. Element i of row m is written to out[i *
+// rows + m].
+template <int N, class T>
+INLINE void interleave_rows(const T* const (&x)[N], int64_t n, PackedX* out, int64_t rows) {
+    float wide[N][2 * WIDTH];
+    for (int m = 0; m < N; m++) {
+        if (n == 2 * WIDTH) {
+            store(wide[m], load(x[m])), store(wide[m] + WIDTH, load(x[m] + WIDTH));
+        } else {
+            store(wide[m], load(x[m], n < WIDTH ? n : WIDTH));
+            store(wide[m] + WIDTH, load(x[m] + WIDTH, n > WIDTH ? n - WIDTH : 0));
+        }
+    }
+    interleave_words<N, 2 * WIDTH>(wide, (n + 1) / 2 * 2, out, rows);
 }
 #endif
 

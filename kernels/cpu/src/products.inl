@@ -1,5 +1,6 @@
 #include "formats.inl"
 #include "factors.inl"
+#include "interleave.inl"
 #include "multiply.inl"
 #include "gemm.inl"
 #include "silu.inl"
