@@ -334,6 +334,8 @@ void a8_panel(const A8Part<T>& part, const A8Layout& l, int64_t panel) {
     constexpr int64_t UNIT = A8_SUPER / A8_BLOCK, SUMS = 2 * A8_ROWS * PANEL;
     const int64_t wanted = A8_SPAN_BYTES / l.block_bytes / UNIT * UNIT, span = wanted > UNIT ? wanted : UNIT;
     auto* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4));
+    const bool reads_fast = p.weights->bits == 8 && p.m <= 2;
+    const int64_t distance = reads_fast ? prefetch_distance_of_few_rows() : prefetch_distance();
     const uint8_t* const from = p.panels + panel * l.panel_bytes;
     for (int64_t first = 0; first < l.blocks; first += sharers == 1 ? l.blocks : span) {
         const int64_t end = sharers == 1 || first + span > l.blocks ? l.blocks : first + span;
@@ -341,7 +343,7 @@ void a8_panel(const A8Part<T>& part, const A8Layout& l, int64_t panel) {
         const int64_t stride = ceil_div(bytes, (end - first) * sharers);
         for (int64_t t = part.tile; t < part.tile_end; t++) {
             const int64_t at = tiles.first(t), size = tiles.size(t), turn = t - part.tile;
-            const int64_t ahead = sharers == 1 ? prefetch_distance() : next + turn * (end - first) * stride;
+            const int64_t ahead = sharers == 1 ? distance : next + turn * (end - first) * stride;
             const A8Walk walk{p.weights, &l, from, 0, part.x + at * row + first * (row / l.blocks) * size,
                               part.totals + at * groups, first, end, sums + turn * SUMS,
                               reinterpret_cast<const char*>(from) + ahead, stride};

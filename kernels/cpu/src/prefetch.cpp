@@ -10,36 +10,42 @@ namespace {
 
 // The number of bytes from the weights in use to the weights that are prefetched, for processors of one vendor. The
 // numbers were found by measurement: on AMD's Zen 4 and Zen 5, and on Intel's Granite Rapids.
+//
+// `few_rows` is for products of one or two rows with weights of 8 bits and 8-bit activations, which are the fastest to
+// read their weights. With 0 they prefetch the block of weights in use, which lets its reads overlap, and the processor
+// itself reads further ahead. On AMD's Zen 4 that is up to 1.1 times as fast.
 struct Distance {
     uint32_t vendor;  // the register EBX of the instruction CPUID with argument 0
-    int64_t bytes;
+    int64_t bytes, few_rows;
 };
 // "Auth"enticAMD and "Genu"ineIntel.
-[[maybe_unused]] constexpr Distance DISTANCES[] = {{0x68747541, 8192}, {0x756e6547, 2048}};
-constexpr int64_t OTHER_DISTANCE = 4096;
+[[maybe_unused]] constexpr Distance DISTANCES[] = {{0x68747541, 8192, 0}, {0x756e6547, 2048, 2048}};
+constexpr Distance OTHER_DISTANCE{0, 4096, 4096};
 
-int64_t find_distance() {
+Distance find_distance() {
 #if JAMBA_X86
     unsigned a, b, c, d;
     if (__get_cpuid(0, &a, &b, &c, &d)) {
         for (const Distance& known : DISTANCES) {
-            if (known.vendor == b) return known.bytes;
+            if (known.vendor == b) return known;
         }
     }
 #endif
     return OTHER_DISTANCE;
 }
 
-std::atomic<int64_t> distance{find_distance()};
+std::atomic<int64_t> distance{find_distance().bytes}, distance_of_few_rows{find_distance().few_rows};
 
 }  // namespace
 
 int64_t prefetch_distance() { return distance.load(std::memory_order_relaxed); }
+int64_t prefetch_distance_of_few_rows() { return distance_of_few_rows.load(std::memory_order_relaxed); }
 
-// Sets the number of bytes that `prefetch_distance` returns, for benchmarks. A number below 0 restores the processor's
-// own number. Returns the number in use.
+// Sets the number of bytes that both functions return, for benchmarks. A number below 0 restores the processor's own
+// numbers. Returns the number that `prefetch_distance` returns.
 EXPORT int64_t set_prefetch_distance(int64_t bytes) {
-    distance.store(bytes < 0 ? find_distance() : bytes);
+    distance.store(bytes < 0 ? find_distance().bytes : bytes);
+    distance_of_few_rows.store(bytes < 0 ? find_distance().few_rows : bytes);
     return distance.load();
 }
 
