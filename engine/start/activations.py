@@ -15,17 +15,22 @@ from jamba_server.kernels.cpu.a8 import units_of
 from jamba_server.kernels.cpu.library import library
 from jamba_server.kernels.int8_activations import ALL_KINDS, BLOCK, Kind
 
+_FINE_OR_FOUR_BITS = frozenset({Kind(4, is_fine=False), Kind(4, is_fine=True), Kind(8, is_fine=True)})
 INT8_BY_DEFAULT: Final[Mapping[tuple[str, str], frozenset[Kind]]] = {
-    ("avx2", "avx2"): frozenset({Kind(4, is_fine=False), Kind(4, is_fine=True), Kind(8, is_fine=True)}),
+    ("avx2", "avx2"): _FINE_OR_FOUR_BITS,
+    ("avx512", "avx512_vnni"): ALL_KINDS,
+    ("avx512_bf16", "avx512_vnni"): _FINE_OR_FOUR_BITS,
 }
 """Maps an instruction set of the CPU kernels, and the instruction set of their products with 8-bit activations, to the
 kinds of weights whose products use 8-bit activations by default.
 
 An entry is here if the products are faster for 1 to 16 rows and at most 5 % slower for 256 rows, and if the loss is at
-most 0.001 bits per byte (benchmarks/results/activation-products-avx2.md and activation-loss.md). A single row of
-weights of 8 bits with a scale for each 32 inputs takes about as long as with activations of 16 bits (0.94 to 1.06 times
-as long in several runs). The products for AVX-VNNI were not measured: they do in one instruction what those for AVX2
-do in two.
+most 0.001 bits per byte (activation-products-avx2.md, activation-products-avx512.md and activation-loss.md in
+benchmarks/results). A single row of weights of 8 bits takes about as long as with activations of 16 bits: 0.93 to 1.06
+times as long, and 1.1 times with a scale for each 16 inputs. Weights of 8 bits with a scale for a row take 1.1 times as
+long with AVX-512 BF16, so they are not in that entry; with AVX-512 alone they take 1.03 times as long, and a third of
+the time from 16 rows on. The products for AVX-VNNI were not measured: they do in one instruction what those for AVX2 do
+in two.
 """
 
 

@@ -57,17 +57,31 @@ def test_blocks_without_whole_numbers_are_no_reason_for_8_bits() -> None:
         choose("int8", QuantizationPolicy(blocks={"a": nf4}))
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2"])
-def test_the_default_follows_from_the_level_and_the_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("level", "units"),
+    [
+        ("portable", "portable"),
+        ("avx2", "avx2"),
+        ("avx512", "avx2"),
+        ("avx512", "avx512_vnni"),
+        ("avx512_bf16", "avx512_vnni"),
+        ("amx", "avx512_vnni"),
+    ],
+)
+def test_the_default_follows_from_the_level_and_the_weights(
+    level: str, units: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Library, "level", lambda self: level)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
-    monkeypatch.setattr(activations, "units_of", lambda level: level)
-    is_default = level == "avx2"
+    monkeypatch.setattr(activations, "units_of", lambda level: units)
+    is_default = (level, units) in {("avx2", "avx2"), ("avx512", "avx512_vnni"), ("avx512_bf16", "avx512_vnni")}
+    takes_rows = level == "avx512" and is_default  # weights of 8 bits with a scale for a row or for many inputs
     assert choose(None, QuantizationPolicy("int4")) == ({Kind(4, is_fine=False)} if is_default else set())
     assert choose(None, QuantizationPolicy("int4-g32")) == ({Kind(4, is_fine=True)} if is_default else set())
     for size in (16, 32, 64):
-        blocks = QuantizationPolicy(blocks={"a": Format(bits=8, limit=127, group_size=size)})
-        assert choose(None, blocks) == ({Kind(8, is_fine=True)} if is_default and size <= 32 else set())
-    assert choose(None, QuantizationPolicy("int8")) == set()
+        blocks, is_fine = QuantizationPolicy(blocks={"a": Format(bits=8, limit=127, group_size=size)}), size <= 32
+        is_taken = takes_rows or (is_default and is_fine)
+        assert choose(None, blocks) == ({Kind(8, is_fine=is_fine)} if is_taken else set())
+    assert choose(None, QuantizationPolicy("int8")) == ({Kind(8, is_fine=False)} if takes_rows else set())
     assert choose(None, QuantizationPolicy("fp8")) == set()
     assert choose(None, QuantizationPolicy()) == set()
 
@@ -116,5 +130,5 @@ def test_default_and_explicit_int8_differ_where_a_file_has_coarse_groups() -> No
     policy = QuantizationPolicy(blocks=mixed)
     explicit = choose("int8", policy)
     assert explicit == ALL_KINDS
-    for default in activations.INT8_BY_DEFAULT.values():
-        assert Kind(8, is_fine=False) not in default
+    by_default = activations.INT8_BY_DEFAULT
+    assert not any(Kind(8, is_fine=False) in by_default[level] for level in by_default if level[0] != "avx512")

@@ -334,7 +334,7 @@ void a8_panel(const A8Part<T>& part, const A8Layout& l, int64_t panel) {
     constexpr int64_t UNIT = A8_SUPER / A8_BLOCK, SUMS = 2 * A8_ROWS * PANEL;
     const int64_t wanted = A8_SPAN_BYTES / l.block_bytes / UNIT * UNIT, span = wanted > UNIT ? wanted : UNIT;
     auto* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4));
-    const bool reads_fast = p.weights->bits == 8 && p.m <= 2;
+    const bool reads_fast = p.weights->bits == 8 && HALVES == 1 && p.m <= 2;
     const int64_t distance = reads_fast ? prefetch_distance_of_few_rows() : prefetch_distance();
     const uint8_t* const from = p.panels + panel * l.panel_bytes;
     for (int64_t first = 0; first < l.blocks; first += sharers == 1 ? l.blocks : span) {

@@ -86,7 +86,7 @@ void release_tiles();
 
 // Returns how many bytes ahead of the weights in use a matrix product with one stream of weights prefetches.
 int64_t prefetch_distance();
-// Returns the same for products of one or two rows with weights of 8 bits and 8-bit activations.
+// Returns the same for products of one or two rows with 8-bit activations and weights of 8 bits (see `prefetch.cpp`).
 int64_t prefetch_distance_of_few_rows();
 
 // Divides the items 0 to n - 1 into pieces of `grain` items. Calls body(begin, end) for ranges of pieces, on the
