@@ -5,7 +5,7 @@
 The limit is what the multiply-add units do at most: a small program in C, which needs a C compiler, measures it before
 and after each prefill (`fma.c`). torch's own product in bfloat16 is no limit on such a processor, because it is ten
 times slower than these units. A prompt of 512 tokens runs in steps of the default size and in one step, in turns, and
-the median counts. The weights are dummies. A processor with more than AVX2 is held to AVX2. The program writes
+the median counts. The weights are dummies. All kernels use AVX2, whatever the processor has. The program writes
 benchmarks/results/NAME.md.
 """
 
@@ -26,6 +26,7 @@ from benchmarks.cpu.engine import PREFILL_TOKENS, RESULTS
 from benchmarks.http.serving import describe_commit
 from benchmarks.shapes import SHAPES, Format, active_parameters, write_config
 from jamba_server.engine.types import SamplingParams
+from jamba_server.kernels.cpu.library import library
 from jamba_server.llm import LLM
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
@@ -51,8 +52,7 @@ def load(shape: str, stored: Format, threads: int, tokens: int | None) -> LLM:
         write_config(shape, Path(name))
         size: dict[str, Any] = {} if tokens is None else {"max_num_batched_tokens": tokens}
         settings: dict[str, Any] = {"threads": threads, "max_model_len": 1024, "max_num_seqs": 1}
-        level = {"kernels": {"linear": "cpu:avx2"}}
-        return LLM(name, load_format="dummy", **settings, **level, **size, **stored.settings)
+        return LLM(name, load_format="dummy", **settings, **size, **stored.settings)
 
 
 def seconds(llm: LLM, random: Random) -> float:
@@ -104,6 +104,7 @@ def main() -> None:
         "| shape | format | tokens in a step | tokens/s | TFLOP/s | multiply-add units, TFLOP/s | share |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
+    library().set_level("avx2")
     with tempfile.TemporaryDirectory() as folder:
         program = compiled(Path(folder))
         for shape in shapes:

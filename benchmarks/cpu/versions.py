@@ -33,7 +33,7 @@ from benchmarks.shapes import SHAPES, Format, write_config
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
 ROOT = Path(__file__).parents[2]
-STEPS = {1: 48, 8: 24, 16: 16}  # decode steps of a measurement, by the number of sequences
+STEPS = {1: 24, 8: 16, 16: 8}  # decode steps of a measurement, by the number of sequences
 
 
 class Version:
