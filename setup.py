@@ -30,7 +30,7 @@ STATIC = ["-static-libstdc++", "-static-libgcc", "-Wl,--as-needed"] if sys.platf
 
 
 class ParallelBuild(build_ext):
-    """Compiles the source files on all cores, because some of them take more than a minute. A library that was built in
+    """Compiles the source files on all cores. A library that was built in
     place and is newer than all sources is taken as it is."""
 
     def build_extension(self, ext: Extension) -> None:
@@ -44,7 +44,7 @@ class ParallelBuild(build_ext):
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                compiled = pool.map(lambda source: compile_one_by_one([source], **options), by_size(sources))
+                compiled = pool.map(lambda source: compile_one_by_one([source], **options), slowest_first(sources))
             return [path for paths in compiled for path in paths]
 
         self.compiler.compile = compile_all
@@ -56,10 +56,14 @@ def is_current(library: str, sources: list[str]) -> bool:
     return os.path.exists(library) and all(os.path.getmtime(path) < os.path.getmtime(library) for path in sources)
 
 
-def by_size(sources: list[str]) -> list[str]:
-    """Returns the source files, those that take longest to compile first."""
-    slowest = [path for path in sources if os.path.basename(path) in ("gemm.cpp", "a8.cpp", "attention.cpp")]
-    return [*slowest, *(path for path in sources if path not in slowest)]
+def slowest_first(sources: list[str]) -> list[str]:
+    """Returns the source files, those with kernels for several instruction sets first. They take longest to compile."""
+
+    def has_kernels(path: str) -> bool:
+        with open(path, encoding="utf-8") as file:
+            return '.inl"' in file.read()
+
+    return sorted(sources, key=lambda path: (not has_kernels(path), path))
 
 
 setup(

@@ -141,7 +141,7 @@ struct A8Walk {
 };
 
 // Reads WIDTH factors of type `kind`. `supers` has the half precision numbers of factors of two levels.
-INLINE Vec read_factors(int64_t kind, const uint8_t* p, int64_t column, Vec supers) {
+INLINE_IF_FAST Vec read_factors(int64_t kind, const uint8_t* p, int64_t column, Vec supers) {
     switch (Factor(kind)) {
         case Factor::f32: return load((const float*)p + column);
         case Factor::f16: return load((const f16*)p + column);
@@ -192,7 +192,7 @@ INLINE void multiply_words(const uint8_t* p, const uint8_t* table, const int32_t
 // Adds a group to the results: results += scale * (c - zero * total) + offset * total, where `totals` has the total of
 // each row. Sets c to zero.
 template <int MR, int NV>
-INLINE void add_group(const A8Walk& a, const uint8_t* factors, const float* totals, const Vec (&supers)[2][NV],
+INLINE_IF_FAST void add_group(const A8Walk& a, const uint8_t* factors, const float* totals, const Vec (&supers)[2][NV],
                       Vec (&c)[MR][NV], Vec (&results)[MR][NV]) {
     const A8Layout& l = *a.layout;
     const uint8_t *const offsets = factors + l.scale_bytes, *const zeros = offsets + l.offset_bytes;

@@ -12,6 +12,15 @@
 //
 // KEEP_ORDER keeps the compiler from moving the computation of a variable. Otherwise gcc moves all multiplications ahead
 // of the additions and runs out of registers.
+//
+// INLINE_IF_FAST inlines a function, but not in `portable`, where the long code of these functions would take long to
+// compile.
+#undef INLINE_IF_FAST
+#if defined(A8_DOT_512) || defined(LEVEL_AVX2) || defined(LEVEL_NEON)
+#define INLINE_IF_FAST INLINE
+#else
+#define INLINE_IF_FAST __attribute__((noinline)) inline
+#endif
 #undef KEEP_ORDER
 #define KEEP_ORDER(variable) asm("" : "+v"(variable))
 #if defined(A8_DOT_512)
@@ -166,15 +175,18 @@ INLINE Vec unsigned_bytes(const uint8_t* p) {
     for (int i = 0; i < WIDTH; i++) x[i] = float(p[i]);
     return x;
 }
+// Returns sum + number * q for a word of inputs.
+INLINE_IF_FAST Whole add_word(Whole sum, Bytes numbers, int32_t x) {
+    for (int i = 0; i < 4; i++) sum += (numbers >> 8 * i & 255) * int(int8_t(x >> 8 * i));
+    return sum;
+}
 struct Large {
     static constexpr int STRIDED = 1;
     static constexpr bool PAIRED = false;
     static constexpr int32_t LESS = 0;
     Whole sum;
     INLINE void start(const int32_t* x) { sum = *x - Whole{}; }
-    INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
-        for (int i = 0; i < 4; i++) sum += (numbers >> 8 * i & 255) * int(int8_t(*x >> 8 * i));
-    }
+    INLINE void add(Bytes numbers, const int32_t* x, int64_t) { sum = add_word(sum, numbers, *x); }
     INLINE Whole total() const { return sum; }
 };
 using Small = Large;

@@ -32,6 +32,8 @@
 #define BEGIN_TARGET_AVX512_BF16 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define BEGIN_TARGET_AMX \
     JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#define BEGIN_TARGET_VNNI_512 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define BEGIN_TARGET_VNNI_256 JAMBA_TARGET("avx2,fma,f16c,avxvnni")
 #define BEGIN_TARGET_NEON_DOT JAMBA_TARGET("dotprod")
 #define BEGIN_TARGET_NEON_BF16 JAMBA_TARGET("dotprod,bf16,i8mm")
 #else
@@ -44,6 +46,9 @@
 #define BEGIN_TARGET_AMX                \
     _Pragma("GCC push_options")         \
     _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16\")")
+#define BEGIN_TARGET_VNNI_512 \
+    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni\")")
+#define BEGIN_TARGET_VNNI_256 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avxvnni\")")
 #define BEGIN_TARGET_NEON_DOT _Pragma("GCC push_options") _Pragma("GCC target(\"arch=armv8.2-a+dotprod\")")
 #define BEGIN_TARGET_NEON_BF16 _Pragma("GCC push_options") _Pragma("GCC target(\"arch=armv8.2-a+dotprod+bf16+i8mm\")")
 #endif

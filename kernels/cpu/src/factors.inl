@@ -9,9 +9,21 @@ struct GroupPlace {
     int64_t strip, group, offset;
 };
 
+// With AVX-512, the registers hold the sums of a tile beside the factors of a group, so that the functions which add a
+// group are inlined into the function `tile`. With AVX2 and NEON, the compiler would then keep accumulators of the loop
+// before in memory, which halves the speed of that loop. The function `add_group` is therefore a function of its own
+// there, and also in `portable`, where it takes less time to compile.
+#if defined(LEVEL_AVX512) && !defined(LEVEL_AMX)
+#define INLINE_READ INLINE
+#define INLINE_GROUP INLINE
+#else
+#define INLINE_READ inline
+#define INLINE_GROUP __attribute__((noinline))
+#endif
+
 // Reads the factors of one strip's columns, or multiplies the factors by those of the second level. `numbers` is the
 // address of the factors of column 0 of the strip's panel, and `supers` that of the factors of the second level.
-inline void read_factors(Scale scale, const char* numbers, const char* supers, int64_t column, float* out) {
+INLINE_READ void read_factors(Scale scale, const char* numbers, const char* supers, int64_t column, float* out) {
     for (int64_t i = column; i < column + STRIP; i += WIDTH, out += WIDTH) {
         switch (scale) {
             case Scale::f32: store(out, load((const float*)numbers + i)); break;
@@ -27,7 +39,7 @@ inline void read_factors(Scale scale, const char* numbers, const char* supers, i
 }
 
 // Reads the offsets of one strip's columns, or the negatives of the zeros.
-inline void read_shifts(const Weights& w, const char* numbers, const char* supers, int64_t column, float* out) {
+INLINE_READ void read_shifts(const Weights& w, const char* numbers, const char* supers, int64_t column, float* out) {
     if (w.shift == Shift::offset) return read_factors(w.scale, numbers, supers + 2 * PANEL, column, out);
     for (int64_t i = column; i < column + STRIP; i += WIDTH, out += WIDTH) {
         store(out, set(0.0f) - float_bytes<false>(numbers + i));
@@ -53,34 +65,24 @@ INLINE void add_scaled(const Vec (&c)[MR][VECTORS * NS], const float* const (&sc
     }
 }
 
-// With AVX2, the factors of a group need so many registers that the compiler would keep accumulators of the loop before
-// in memory, which halves the speed of that loop. The function `add_group` is therefore a function of its own there, and
-// with NEON, whose tiles fill the registers too.
-#if defined(LEVEL_AVX2) || defined(LEVEL_NEON)
-#define INLINE_IF_REGISTERS __attribute__((noinline))
-#else
-#define INLINE_IF_REGISTERS INLINE
-#endif
-
 // Adds what one group contributes to the sums of a tile. `c`, `x` and `totals` are those of the function `add_scaled`.
 template <int MR, int NS>
-INLINE_IF_REGISTERS void add_group(const Vec (&c)[MR][VECTORS * NS], const Weights& w, const GroupPlace& place, const float* x,
-                      Vec (&totals)[MR][VECTORS * NS]) {
+INLINE_GROUP void add_group(const Vec (&c)[MR][VECTORS * NS], const Weights& w, const GroupPlace& place, const float* x,
+                            Vec (&totals)[MR][VECTORS * NS]) {
     alignas(64) float factors[NS][STRIP], shifts[NS][STRIP];
     const float* scales[NS];
     for (int s = 0; s < NS; s++) {
         scales[s] = (const float*)(place.panels[s] + place.offset) + (place.strip + s) % STRIPS * STRIP;
     }
-    if (w.scale == Scale::f32 && w.shift == Shift::none) {
-        return add_scaled<Shift::none, MR, NS>(c, scales, shifts, x, totals);
-    }
-    for (int s = 0; s < NS; s++) {
-        const char *const panel = place.panels[s], *const numbers = panel + place.offset;
-        const int64_t column = (place.strip + s) % STRIPS * STRIP;
-        const char* const second = panel + w.super_offset(place.group);
-        read_factors(w.scale, numbers, second, column, factors[s]);
-        scales[s] = factors[s];
-        if (w.shift != Shift::none) read_shifts(w, numbers + PANEL * w.scale_item(), second, column, shifts[s]);
+    if (w.scale != Scale::f32 || w.shift != Shift::none) {
+        for (int s = 0; s < NS; s++) {
+            const char *const panel = place.panels[s], *const numbers = panel + place.offset;
+            const int64_t column = (place.strip + s) % STRIPS * STRIP;
+            const char* const second = panel + w.super_offset(place.group);
+            read_factors(w.scale, numbers, second, column, factors[s]);
+            scales[s] = factors[s];
+            if (w.shift != Shift::none) read_shifts(w, numbers + PANEL * w.scale_item(), second, column, shifts[s]);
+        }
     }
     switch (w.shift) {
         case Shift::none: return add_scaled<Shift::none, MR, NS>(c, scales, shifts, x, totals);
@@ -89,7 +91,8 @@ INLINE_IF_REGISTERS void add_group(const Vec (&c)[MR][VECTORS * NS], const Weigh
     }
 }
 
-#undef INLINE_IF_REGISTERS
+#undef INLINE_GROUP
+#undef INLINE_READ
 
 // Computes the sums of the rows `first` to `first` + `size` - 1 of x over each group of the weight: sums [group][row].
 // Every WIDTH-th element of a group is added in ascending order, and then the WIDTH partial sums are added in halves.

@@ -135,8 +135,23 @@ INLINE Vec number(Lanes x, int first, int size) {
     return __builtin_convertvector(x << (32 - first - size) >> (32 - size), Vec);
 }
 
+// The accumulators of a full tile leave no register of AVX2 for the constants of a reader. gcc would then keep
+// accumulators in memory. The function `reload` of a reader therefore reads the constants from memory before each use.
+struct NoConstants {
+    INLINE void reload() {}
+};
+#if defined(LEVEL_AVX2)
+INLINE Lanes reloaded(const int32_t& constant) {
+    Lanes lanes;
+    asm volatile("vpbroadcastd %1, %0" : "=x"(lanes) : "m"(constant));
+    return lanes;
+}
+#else
+INLINE Lanes reloaded(int32_t constant) { return Lanes{} + constant; }
+#endif
+
 template <class T>
-struct Reader {
+struct Reader : NoConstants {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = sizeof(T), PAIRS = 1, BYTES = PAIR_BYTES<T>;
     explicit Reader(const Weights&) {}
@@ -149,16 +164,19 @@ template <>
 struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
+    static constexpr int32_t UPPER = int32_t(0xffff0000);
+    Lanes upper = Lanes{} + UPPER;
     explicit Reader(const Weights&) {}
+    INLINE void reload() { upper = reloaded(UPPER); }
     INLINE Weight vector(const char* step, int vector, int, int half) const {
         // A lane of 32 bits holds two neighbouring elements along K. The first element is in the lower 16 bits.
         const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);
-        return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
+        return (Vec)(half ? pairs & upper : pairs << 16);
     }
 };
 
 template <bool SIGNED>
-struct ByteReader {
+struct ByteReader : NoConstants {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
     explicit ByteReader(const Weights&) {}
@@ -179,14 +197,17 @@ template <>
 struct Reader<Fp8> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
+    static constexpr int32_t PLACES = int32_t(0x87f00000), SCALE = 0x7b800000;  // SCALE has the bits of 2^120.
+    Lanes places = Lanes{} + PLACES, scale = Lanes{} + SCALE;
     explicit Reader(const Weights&) {}
+    INLINE void reload() { places = reloaded(PLACES), scale = reloaded(SCALE); }
     INLINE Weight vector(const char* step, int vector, int, int half) const {
-        return (Vec)(read_bytes(step + half * PANEL + WIDTH * vector) << 20 & int(0x87f00000)) * set(0x1p120f);
+        return (Vec)(read_bytes(step + half * PANEL + WIDTH * vector) << 20 & places) * (Vec)scale;
     }
 };
 
 // The part of all readers of formats of four bits that is the same.
-struct FourBits {
+struct FourBits : NoConstants {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
     static INLINE Lanes words(const char* step, int vector) { return read_lanes(step + 4 * WIDTH * vector); }

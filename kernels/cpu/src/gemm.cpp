@@ -1,45 +1,9 @@
 // This file has the functions `linear` and `run_experts`, which multiply inputs by packed weights.
-#include "gemm.h"
+#include "products.h"
 #include "amx.h"
 #include "ops.h"
 
 #include <type_traits>
-
-#define KERNEL_FILE "products.inl"
-#include "for_each_level.h"
-#if JAMBA_X86
-BEGIN_TARGET_AVX512_BF16
-namespace avx512_bf16 {
-using namespace avx512;
-#define LEVEL_AVX512
-#define DOT_PRODUCTS
-#include "products.inl"
-#undef DOT_PRODUCTS
-#undef LEVEL_AVX512
-}  // namespace avx512_bf16
-END_TARGET
-#elif JAMBA_ARM
-BEGIN_TARGET_NEON_BF16
-namespace neon_bf16 {
-using namespace neon;
-#define LEVEL_NEON
-#define DOT_PRODUCTS
-#define ROW_PAIRS
-#include "products.inl"
-#undef ROW_PAIRS
-#undef DOT_PRODUCTS
-#undef LEVEL_NEON
-}  // namespace neon_bf16
-END_TARGET
-#endif
-namespace neon_bf16_emulated {
-using namespace portable;
-#define DOT_PRODUCTS
-#define ROW_PAIRS
-#include "products.inl"
-#undef ROW_PAIRS
-#undef DOT_PRODUCTS
-}  // namespace neon_bf16_emulated
 
 // Returns the instruction set that multiplies a weight.
 static Level level_of(const Weights& weights) { return weights.level < 0 ? product_level() : Level(weights.level); }

@@ -61,73 +61,54 @@ struct Walk {
     // each step prefetches later weights of the panel that the tile is reading.
     const char* next;
     int64_t stride;
-    // `sums` points to the tile's intermediate sums. The intermediate sums are used only if the steps `first` to `end`
-    // - 1 are not all steps of K. Before the call, the intermediate sums include all earlier steps. After the call, the
-    // intermediate sums also include the steps of this call, unless this call computed the last step of K.
+    // Memory for the tile's sums: [row][vector of columns]. If `first` is not 0, it has the sums of all earlier steps
+    // before the call. After the call, it also includes the steps of this call.
     float* sums;
     // If `converted` is not null, it has the weights of the strip for the steps `first` to `end` - 1, converted to bf16
     // in the layout [pair][column][2].
     const char* converted = nullptr;
 };
 
-// The struct `TileArguments` has the arguments of the function `tile` that are not template arguments.
-template <class T>
-struct TileArguments {
-    const Product<T>* product;
-    int64_t first_row;
-    Walk walk;
+// The struct `Results` writes the sums of tiles to the output of a product. The code that computes the sums does not
+// know the dtype of the product, so it is compiled only once for all dtypes.
+struct Results {
+    const void* product;
+    // Writes the sums of a tile, [row][vector of columns], to the product's rows from `row` on and its columns from
+    // strip `strip` on.
+    void (*write)(const void* product, int64_t row, int64_t rows, int64_t strip, int64_t vectors, const float* sums);
 };
 
-// Writes the sums of a tile to `p.sums`.
-template <class T, int MR, int NV>
-void store_float_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
-    const Product<T>& p = *a.product;
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; v++) {
-        const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
+template <class T>
+void write_tile(const Product<T>& p, int64_t row, int64_t rows, int64_t strip, int64_t vectors, const float* sums) {
+    for (int64_t v = 0; v < vectors; v++, sums += WIDTH) {
+        const int64_t column = strip * STRIP + v * WIDTH, left = p.n - column, n = left < WIDTH ? left : WIDTH;
         if (n <= 0) return;
-        float* const sums = p.sums + a.first_row * p.y_stride + column;
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) put(sums + m * p.y_stride, c[m][v], n < WIDTH ? n : WIDTH);
-    }
-}
-
-// Accumulators must stay in registers during the multiplication. On x86-64 they do if `store_tile` is inlined. On ARM they
-// do if `store_tile` is a function of its own that gets a copy.
-#if defined(LEVEL_NEON) || defined(ROW_PAIRS)
-#define INLINE_STORE
-constexpr bool STORES_A_COPY = true;
-#else
-#define INLINE_STORE INLINE
-constexpr bool STORES_A_COPY = false;
-#endif
-
-// Writes the sums of a tile to y.
-template <class T, int MR, int NV>
-INLINE_STORE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
-    const Product<T>& p = *a.product;
-    if (p.sums) {
-        Vec sums[MR][NV];
-        std::memcpy(sums, c, sizeof(sums));
-        return store_float_tile<T, MR, NV>(sums, a);
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; v++) {
-        const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
-        if (n <= 0) return;
-        T* y = p.y + a.first_row * p.y_stride + column;
-        const Vec bias = !p.bias ? set(0.0f) : n < WIDTH ? load(p.bias + column, n) : load(p.bias + column);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) {
-            const Vec result = p.bias ? c[m][v] + bias : c[m][v];
-            if (n < WIDTH) {
-                store(y + m * p.y_stride, result, n);
-            } else {
-                store(y + m * p.y_stride, result);
-            }
+        const int64_t place = row * p.y_stride + column, next = vectors * WIDTH;
+        if (p.sums) {
+            for (int64_t m = 0; m < rows; m++) put(p.sums + place + m * p.y_stride, load(sums + m * next), n);
+        } else if (p.bias) {
+            const Vec bias = take(p.bias + column, n);
+            for (int64_t m = 0; m < rows; m++) put(p.y + place + m * p.y_stride, load(sums + m * next) + bias, n);
+        } else {
+            for (int64_t m = 0; m < rows; m++) put(p.y + place + m * p.y_stride, load(sums + m * next), n);
         }
     }
 }
+
+template <class T>
+Results results_of(const Product<T>& p) {
+    return {&p, [](const void* product, int64_t row, int64_t rows, int64_t strip, int64_t vectors, const float* sums) {
+                write_tile(*static_cast<const Product<T>*>(product), row, rows, strip, vectors, sums);
+            }};
+}
+
+// The struct `TileArguments` has the arguments of the functions that compute tiles which are not template arguments.
+struct TileArguments {
+    const Weights* weights;
+    Results results;
+    int64_t first_row;
+    Walk walk;
+};
 
 // The struct `Steps` divides the steps of a weight (see the struct `Reader` in `formats.inl`) into groups of steps that
 // share a scale.
@@ -162,17 +143,16 @@ INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
     }
 }
 
-// Computes steps `a.walk.first` to `a.walk.end` - 1 of one tile. If these steps include the last step of K, the result
-// is written to y. Otherwise intermediate sums are written to `a.walk.sums`. If the weight has one group, the
-// intermediate sums are not yet multiplied by the scales. If the weight has several groups, the sum over each group was
-// multiplied by the group's scale before the sums over the groups were added.
-template <class T, class W, int MR, int NS>
-void tile(const TileArguments<T>& a) {
+// Computes steps `a.walk.first` to `a.walk.end` - 1 of one tile, and writes the sums to `a.walk.sums`. If the weight
+// has one group, the sums are multiplied by the scales after the last step of K. If it has several groups, the sum
+// over each group was multiplied by the group's scale before the sums over the groups were added.
+template <class W, int MR, int NS>
+void tile(const TileArguments& a) {
     using R = TileReader<W>;
-    const Weights& weights = a.product->weights;
+    const Weights& weights = *a.weights;
     const Walk& walk = a.walk;
     const Steps<W> steps(weights);
-    const int64_t panel = panel_bytes<T>(weights);
+    const int64_t panel = panel_bytes<W>(weights);
     const bool one_group = steps.group == steps.count;
     const char *w[NS], *panels[NS];
     for (int s = 0; s < NS; s++) {
@@ -210,16 +190,17 @@ void tile(const TileArguments<T>& a) {
             multiply_step<W, MR, NS>(c, reader, x, w, offset, end);
         }
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
-        if constexpr (!STORES_A_COPY && !R::SCALED) return store_tile<T, MR, VECTORS * NS>(c, a);
+#ifndef ROW_PAIRS
+        if constexpr (!R::SCALED) return store_sums(c, walk.sums);
+#endif
         Vec sums[MR][VECTORS * NS];
         separate_rows<MR, VECTORS * NS>(c, sums);
-        if constexpr (!R::SCALED) return store_tile<T, MR, VECTORS * NS>(sums, a);
+        if constexpr (!R::SCALED) return store_sums(sums, walk.sums);
         const int64_t group = step / steps.group;
         add_group<MR, NS>(sums, weights, {panels, walk.strip, group, offset}, sums_of_x + group * MR, totals);
         offset = weights.group_offset(group + 1);
     }
-    if (walk.end < steps.count) return store_sums(totals, walk.sums);
-    store_tile<T, MR, VECTORS * NS>(totals, a);
+    store_sums(totals, walk.sums);
 }
 
 // Whether the weights of format W are converted to bf16 once for all tiles that share a strip. This is done where every
@@ -234,12 +215,12 @@ constexpr int64_t CONVERTING_TILES = 4;  // the least number of tiles that share
 
 #ifndef DOT_PRODUCTS
 // Converts steps `first` to `end` - 1 of a strip to bf16, in the layout [pair][column][2].
-template <class T, class W>
+template <class W>
 void convert_strip(const Weights& weights, int64_t strip, int64_t first, int64_t end, char* out) {
     using R = Reader<W>;
     const R reader(weights);
     const Steps<W> steps(weights);
-    const char* const start = weights.panels + strip / STRIPS * panel_bytes<T>(weights) +
+    const char* const start = weights.panels + strip / STRIPS * panel_bytes<W>(weights) +
                               strip % STRIPS * STRIP * R::COLUMN_BYTES;
     for (int64_t step = first; step < end; step++) {
         const char* const from = start + steps.offset(weights, step);
@@ -255,14 +236,14 @@ void convert_strip(const Weights& weights, int64_t strip, int64_t first, int64_t
 }
 
 // Computes what the function `tile` computes for one strip, from weights that were converted to bf16.
-template <class T, class W, int MR>
-void converted_tile(const TileArguments<T>& a) {
+template <class W, int MR>
+void converted_tile(const TileArguments& a) {
     using R = Reader<W>;
-    const Weights& weights = a.product->weights;
+    const Weights& weights = *a.weights;
     const Walk& walk = a.walk;
     const Steps<W> steps(weights);
     const bool one_group = steps.group == steps.count;
-    const char* const panel = weights.panels + walk.strip / STRIPS * panel_bytes<T>(weights);
+    const char* const panel = weights.panels + walk.strip / STRIPS * panel_bytes<W>(weights);
     const char* const w[1] = {walk.converted};
     const Reader<bf16> reader(weights);
     const PackedX* x = walk.x + walk.first * R::PAIRS * MR * X_PER_PAIR;
@@ -292,32 +273,47 @@ void converted_tile(const TileArguments<T>& a) {
         std::memcpy(sums, c, sizeof(sums));
         add_group<MR, 1>(sums, weights, {&panel, walk.strip, group, factors}, sums_of_x + group * MR, totals);
     }
-    if (walk.end < steps.count) return store_sums(totals, walk.sums);
-    store_tile<T, MR, VECTORS>(totals, a);
+    store_sums(totals, walk.sums);
 }
 #endif
 
+// Writes the results of a tile of `strips` strips if its last step of K has been computed.
+template <class W>
+void finish_tile(const TileArguments& a, int64_t rows, int64_t strips) {
+    if (a.walk.end < Steps<W>(*a.weights).count) return;
+    a.results.write(a.results.product, a.first_row, rows, a.walk.strip, VECTORS * strips, a.walk.sums);
+}
+
 // Computes strips `a.walk.strip` to `end` - 1 of a tile of MR rows, NS strips at a time.
-template <class T, class W, int MR, int NS>
-void tile_strips(TileArguments<T> a, int64_t end) {
+template <class W, int MR, int NS>
+void tile_strips(TileArguments a, int64_t end) {
     int64_t& strip = a.walk.strip;
-    for (; strip + NS <= end; strip += NS) tile<T, W, MR, NS>(a);
+    for (; strip + NS <= end; strip += NS) {
+        tile<W, MR, NS>(a);
+        finish_tile<W>(a, MR, NS);
+    }
     if constexpr (NS > 1) {
-        if (strip < end) tile_strips<T, W, MR, NS / 2>(a, end);
+        if (strip < end) tile_strips<W, MR, NS / 2>(a, end);
     }
 }
 
-template <class T, class W, int MR>
-void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
+template <class W, int MR>
+void tile_rows(int64_t rows, const TileArguments& a, int64_t end) {
     if constexpr (MR > 0) {
-        if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
+        if (rows != MR) return tile_rows<W, MR - 1>(rows, a, end);
 #ifndef DOT_PRODUCTS
         if constexpr (CONVERTS<W>) {
-            if (a.walk.converted) return converted_tile<T, W, MR>(a);
+            if (a.walk.converted) {
+                converted_tile<W, MR>(a);
+                return finish_tile<W>(a, MR, 1);
+            }
         }
 #endif
-        if (end - a.walk.strip == 1) return tile<T, W, MR, 1>(a);
-        tile_strips<T, W, MR, max_strips(MR)>(a, end);
+        if (end - a.walk.strip == 1) {
+            tile<W, MR, 1>(a);
+            return finish_tile<W>(a, MR, 1);
+        }
+        tile_strips<W, MR, max_strips(MR)>(a, end);
     }
 }
 
@@ -326,26 +322,35 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
 // more than SPAN_BYTES bytes.
 constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;
 
+// The struct `Block` is some neighbouring tiles of a product of any dtype: the tiles `tile` to `tile_end` - 1.
+struct Block {
+    const Weights* weights;
+    int64_t m;         // the number of rows of the product
+    const PackedX* x;  // the packed rows of all tiles of the product, one tile after the other
+    int64_t tile, tile_end;
+    Results results;
+};
+
 // Computes several tiles that use the same strips, and reads the weights of each strip from memory only once. Every
 // tile processes one span of K before any tile starts the next span. While a tile processes a span, the tile prefetches
 // a part of the next span's weights. All weights of the next span must be in the cache before the first tile starts the
 // next span.
-template <class T, class W>
-void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
-                  int64_t strip_end) {
+template <class W>
+void share_strips(const Block& b, int64_t strip, int64_t strip_end) {
     using R = Reader<W>;
     constexpr int64_t PAIR = R::BYTES / R::PAIRS, SUMS = MAX_ROWS * STRIP;
     constexpr int64_t UNIT = (SPAN_PAIRS * PAIR > SPAN_BYTES ? SPAN_BYTES / PAIR : SPAN_PAIRS) / R::PAIRS;
-    const Tiles tiles(p.m, MAX_ROWS);
-    const Steps<W> steps(p.weights);
+    const Weights& weights = *b.weights;
+    const Tiles tiles(b.m, MAX_ROWS);
+    const Steps<W> steps(weights);
     const int64_t span = steps.group == steps.count ? UNIT : ceil_div(UNIT, steps.group) * steps.group;
-    const int64_t sharers = tile_end - tile, row = x_row(p.weights), panel = panel_bytes<T>(p.weights);
+    const int64_t sharers = b.tile_end - b.tile, row = x_row(weights), panel = panel_bytes<W>(weights);
     const bool converts = CONVERTS<W> && sharers >= CONVERTING_TILES;
     auto* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4 + converts * span * R::PAIRS * STRIP * 4));
     char* const converted = converts ? (char*)(sums + sharers * SUMS) : nullptr;
     auto address = [&](int64_t of_strip, int64_t step) {
         const int64_t column = of_strip % STRIPS * STRIP;
-        return p.weights.panels + of_strip / STRIPS * panel + column * R::COLUMN_BYTES + steps.offset(p.weights, step);
+        return weights.panels + of_strip / STRIPS * panel + column * R::COLUMN_BYTES + steps.offset(weights, step);
     };
     for (; strip < strip_end; strip++) {
         for (int64_t first = 0; first < steps.count; first += span) {
@@ -354,47 +359,43 @@ void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t t
             const int64_t stride = ceil_div(span * R::BYTES, (end - first) * sharers);
 #ifndef DOT_PRODUCTS
             if constexpr (CONVERTS<W>) {
-                if (converts) convert_strip<T, W>(p.weights, strip, first, end, converted);
+                if (converts) convert_strip<W>(weights, strip, first, end, converted);
             }
 #endif
-            for (int64_t t = tile; t < tile_end; t++) {
-                const int64_t first_row = tiles.first(t), turn = t - tile;
+            for (int64_t t = b.tile; t < b.tile_end; t++) {
+                const int64_t first_row = tiles.first(t), turn = t - b.tile;
                 const char* const share = next + turn * (end - first) * stride;
-                const Walk walk{x + first_row * row, strip, first, end, share, stride, sums + turn * SUMS, converted};
-                tile_rows<T, W, MAX_ROWS>(tiles.size(t), {&p, first_row, walk}, strip + 1);
+                const Walk walk{b.x + first_row * row, strip, first, end, share, stride, sums + turn * SUMS, converted};
+                tile_rows<W, MAX_ROWS>(tiles.size(t), {&weights, b.results, first_row, walk}, strip + 1);
             }
         }
     }
 }
 
-template <class T, class W>
-void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
-                     int64_t strip_end) {
-    if (tile_end - tile > 1) return share_strips<T, W>(p, x, tile, tile_end, strip, strip_end);
-    const Tiles tiles(p.m, MAX_ROWS);
-    const int64_t first = tiles.first(tile);
-    const Walk walk{x + first * x_row(p.weights), strip, 0, Steps<W>(p.weights).count, nullptr, 0, nullptr};
-    tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, walk}, strip_end);
+template <class W>
+void multiply_strips(const Block& b, int64_t strip, int64_t strip_end) {
+    if (b.tile_end - b.tile > 1) return share_strips<W>(b, strip, strip_end);
+    static_assert(MAX_ROWS * VECTORS <= ACCUMULATORS);
+    alignas(64) float sums[ACCUMULATORS * WIDTH];
+    const Tiles tiles(b.m, MAX_ROWS);
+    const int64_t first = tiles.first(b.tile);
+    const Walk walk{b.x + first * x_row(*b.weights), strip, 0, Steps<W>(*b.weights).count, nullptr, 0, sums};
+    tile_rows<W, MAX_ROWS>(tiles.size(b.tile), {b.weights, b.results, first, walk}, strip_end);
 }
 
-// Computes tiles `tile` to `tile_end` - 1 of a product, for strips `strip` to `strip_end` - 1. The argument x has the
-// packed rows of all tiles of the product, one tile after the other.
+// Computes the strips `strip` to `strip_end` - 1 of a block of a product of dtype T.
 template <class T>
-void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
-                    int64_t strip_end) {
-    const auto strips = [&](auto kind) {
-        multiply_strips<T, decltype(kind)>(p, x, tile, tile_end, strip, strip_end);
-    };
-    switch (p.weights.kind) {
-        case Kind::plain: return strips(T{});
-        case Kind::int8: return strips(Int8{});
-        case Kind::uint8: return strips(UInt8{});
-        case Kind::fp8: return strips(Fp8{});
+void multiply_block(const Block& b, int64_t strip, int64_t strip_end) {
+    switch (b.weights->kind) {
+        case Kind::plain: return multiply_strips<T>(b, strip, strip_end);
+        case Kind::int8: return multiply_strips<Int8>(b, strip, strip_end);
+        case Kind::uint8: return multiply_strips<UInt8>(b, strip, strip_end);
+        case Kind::fp8: return multiply_strips<Fp8>(b, strip, strip_end);
 #if !defined(LEVEL_AVX512) && !defined(DOT_PRODUCTS)
-        case Kind::int4: return strips(Int4{});
-        case Kind::uint4: return strips(UInt4{});
+        case Kind::int4: return multiply_strips<Int4>(b, strip, strip_end);
+        case Kind::uint4: return multiply_strips<UInt4>(b, strip, strip_end);
 #endif
-        default: return strips(Table4{});
+        default: return multiply_strips<Table4>(b, strip, strip_end);
     }
 }
 
@@ -466,7 +467,9 @@ void multiply_parts(const Parts<T>& all) {
     parallel_for_parts(all.count, pieces_before, [&](int64_t i, int64_t first, int64_t last) {
         const Part<T>& part = all.parts[i];
         const int64_t strip_end = last * part.grain < part.strips ? last * part.grain : part.strips;
-        multiply_block(part.product, part.x, part.tile, part.tile_end, first * part.grain, strip_end);
+        const Product<T>& p = part.product;
+        const Block block{&p.weights, p.m, part.x, part.tile, part.tile_end, results_of(p)};
+        multiply_block<T>(block, first * part.grain, strip_end);
     });
 }
 
@@ -483,5 +486,3 @@ void multiply(const Product<T>& p) {
     pack_parts(all, [](const Product<T>&, int64_t, int64_t) {});
     multiply_parts(all);
 }
-
-#undef INLINE_STORE

@@ -118,6 +118,11 @@ constexpr int MAX_ROWS = 6, ACCUMULATORS = 24;
 constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
 constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
 #endif
+#if defined(LEVEL_AVX2)
+constexpr bool RELOADS = true;  // Full tiles read the constants of a reader before each use (see `formats.inl`).
+#else
+constexpr bool RELOADS = false;
+#endif
 // An element of packed x is a float32. For two neighbouring elements along K, an accumulator takes two fused
 // multiply-adds.
 using PackedX = float;
@@ -131,8 +136,10 @@ INLINE void multiply_pair(Vec (&c)[MR][VECTORS * NS], const Reader<W>& reader, c
 #pragma GCC unroll 8
         for (int s = 0; s < NS; s++) {
             Weight b[VECTORS];
+            Reader<W> own = reader;
+            if constexpr (RELOADS && MR * VECTORS * NS == ACCUMULATORS) own.reload();
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) b[v] = reader.vector(w[s] + offset, v, pair, half);
+            for (int v = 0; v < VECTORS; v++) b[v] = own.vector(w[s] + offset, v, pair, half);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++) {
                 const Vec a = set(x[half * MR + m]);

@@ -49,7 +49,7 @@ inline float add_to_odd(double a, double b) {
 inline double flushed(uint32_t bits) { return bits & 0x7f800000 ? double(from_bits(bits)) : 0.0 * from_bits(bits); }
 inline float multiply_to_odd(uint32_t a, uint32_t b) { return round_to_odd(flushed(a) * flushed(b), 0); }
 
-inline Vec add_products(Vec c, Lanes rows, Lanes columns) {
+__attribute__((noinline)) inline Vec add_products(Vec c, Lanes rows, Lanes columns) {
     for (int i = 0; i < 4; i++) {
         for (int pair = 0; pair < 2; pair++) {
             const uint32_t a = uint32_t(rows[i / 2 * 2 + pair]), b = uint32_t(columns[i % 2 * 2 + pair]);

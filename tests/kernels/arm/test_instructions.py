@@ -26,7 +26,7 @@ Functions = dict[str, list[Instruction]]
 LATER = {"neon": ("sdot", "smmla", "bfmmla"), "neon_dot": ("smmla", "bfmmla")}
 
 
-@pytest.fixture(scope="module", params=["gemm", "a8"])
+@pytest.fixture(scope="module", params=["gemm_neon", "gemm_neon_bf16", "a8_neon", "a8_neon_dot", "a8_neon_i8mm"])
 def functions(request: pytest.FixtureRequest, program: Path) -> Functions:
     assert program.exists()
     return disassembled(request.param)
@@ -59,14 +59,14 @@ def inner_loop(function: list[Instruction], name: str, count: int) -> list[Instr
 @pytest.mark.parametrize(
     ("source", "name", "instruction", "count"),
     [
-        ("gemm", "neon::tile<float, float, 6, 1>", "fmla", 48),
-        ("gemm", "neon_bf16::tile<bf16, bf16, 6, 1>", "bfmmla", 24),
-        ("gemm", "neon_bf16::tile<bf16, bf16, 1, 2>", "bfmmla", 16),
-        ("a8", "a8_neon_dot::a8_tile<a8_neon_dot::Four, 1, 4, 2>", "sdot", 64),
-        ("a8", "a8_neon_dot::a8_tile<a8_neon_dot::Eight, 1, 1, 4>", "sdot", 32),
-        ("a8", "a8_neon_i8mm::a8_tile<a8_neon_i8mm::Four, 1, 4, 2>", "smmla", 32),
-        ("a8", "a8_neon_i8mm::a8_tile<a8_neon_i8mm::Eight, 1, 4, 2>", "smmla", 32),
-        ("a8", "a8_neon_i8mm::a8_tile<a8_neon_i8mm::Eight, 1, 1, 4>", "sdot", 32),
+        ("gemm_neon", "neon::tile<float, 6, 1>", "fmla", 48),
+        ("gemm_neon_bf16", "neon_bf16::tile<bf16, 6, 1>", "bfmmla", 24),
+        ("gemm_neon_bf16", "neon_bf16::tile<bf16, 1, 2>", "bfmmla", 16),
+        ("a8_neon_dot", "a8_neon_dot::a8_tile<a8_neon_dot::Four, 1, 4, 2>", "sdot", 64),
+        ("a8_neon_dot", "a8_neon_dot::a8_tile<a8_neon_dot::Eight, 1, 1, 4>", "sdot", 32),
+        ("a8_neon_i8mm", "a8_neon_i8mm::a8_tile<a8_neon_i8mm::Four, 1, 4, 2>", "smmla", 32),
+        ("a8_neon_i8mm", "a8_neon_i8mm::a8_tile<a8_neon_i8mm::Eight, 1, 4, 2>", "smmla", 32),
+        ("a8_neon_i8mm", "a8_neon_i8mm::a8_tile<a8_neon_i8mm::Eight, 1, 1, 4>", "sdot", 32),
     ],
 )
 def test_the_inner_loops_multiply_with_the_instructions_of_their_level(
