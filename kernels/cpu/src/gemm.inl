@@ -10,10 +10,12 @@
 // is [pair / 2][row][2]. `multiply.inl` has the multiplication.
 
 // Returns the largest number of strips that a tile of `rows` rows can have. The number is 1, 2 or 4, because the tile's
-// accumulators must fit into registers.
+// accumulators must fit into registers. With AVX2, gcc keeps 12 accumulators in registers only if they belong to one
+// strip.
 constexpr int max_strips(int rows) {
+    constexpr int MOST = WIDTH == 8 ? ACCUMULATORS - 1 : ACCUMULATORS;
     int strips = 1;
-    while (2 * VECTORS * strips * sum_rows(rows) <= ACCUMULATORS && strips < 4) strips *= 2;
+    while (2 * VECTORS * strips * sum_rows(rows) <= MOST && strips < 4) strips *= 2;
     return strips;
 }
 
