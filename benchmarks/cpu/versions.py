@@ -7,8 +7,8 @@
 Both engines are loaded at the same time, each in a process of its own, and take turns. Printed are the median times of
 both, and the median over the rounds of the ratio "time before / time now", from which slow changes of the machine's
 speed drop out. So a ratio above 1 means that this checkout is faster. The weights are dummies and decoding is greedy.
-The time of a decode step is measured as in `engine.py`. Without --step each version has its own default number of prompt
-tokens in a step. The program writes benchmarks/results/NAME.md.
+The time of a decode step is measured as in `engine.py`. Without --step each version has its own default number of
+prompt tokens in a step. The program writes benchmarks/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def compare(before: Version, now: Version, sequences: list[int], rounds: int) ->
     cases: dict[str, Callable[[Version], float]] = {f"prefill of {PREFILL_TOKENS}": Version.prefill}
     cases |= {f"decode, {count}": lambda version, count=count: version.decode(count) for count in sequences}
     for case in cases.values():
-        case(before), case(now)
+        case(before)
+        case(now)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for turn in range(rounds):
         for name, case in cases.items():
@@ -121,7 +122,7 @@ def measure(shape: str, stored: Format, arguments: argparse.Namespace) -> list[s
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="name of the result file, without extension")
-    parser.add_argument("--before", required=True, type=Path, help="folder of the other checkout, with its library built")
+    parser.add_argument("--before", required=True, type=Path, help="folder of the other checkout, built in place")
     parser.add_argument("--shapes", default="small,moe,3b", help="model shapes to measure")
     parser.add_argument("--formats", default="bf16,int8,int4", help="weight formats to measure")
     parser.add_argument("--sequences", default="1,8,16", help="numbers of sequences that decode at the same time")

@@ -1,8 +1,9 @@
 """Times decode and prefill of one engine for `versions.py`, which starts this program in each of two checkouts.
 
-It uses only what all versions of the project have: the class `LLM` and `SamplingParams`. The first line of the input is
-a JSON object with the arguments of `LLM`. Each further line is a JSON object with the fields `count` (prompts), `length`
-(tokens of each prompt) and `tokens` (tokens of each reply); the answer is a line with the seconds that they took.
+It uses only what all versions of the project have: the classes `LLM` and `SamplingParams`. The first line of the input
+is a JSON object with the arguments of `LLM`. Each further line is a JSON object with the fields `count` (prompts),
+`length` (tokens of each prompt) and `tokens` (tokens of each reply); the answer is a line with the seconds that they
+took.
 """
 
 from __future__ import annotations
