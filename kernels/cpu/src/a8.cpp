@@ -1,6 +1,9 @@
 // This file has the functions `a8_linear` and `a8_experts`, which multiply inputs by weights packed for products with
 // 8-bit activations. `a8.h` describes the products and the layout.
 #include "a8_products.h"
+#if JAMBA_AVX_VNNI
+#include <cpuid.h>
+#endif
 
 namespace {
 
@@ -8,10 +11,20 @@ namespace {
 // the code for AVX2 runs there.
 enum class Units : int64_t { portable, avx2, avx_vnni, avx512, avx512_vnni, neon, neon_dot, neon_i8mm };
 
+// Returns whether the processor and the compiler have AVX-VNNI. Clang's `__builtin_cpu_supports` does not know it.
+[[maybe_unused]] bool has_avx_vnni() {
+#if JAMBA_AVX_VNNI
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#else
+    return false;
+#endif
+}
+
 // Returns the instruction set for a weight with the field `level` = `wanted`. There is no code for AMX.
 Units units(int64_t wanted) {
 #if JAMBA_X86
-    static const bool has_512 = __builtin_cpu_supports("avx512vnni"), has_256 = __builtin_cpu_supports("avxvnni");
+    static const bool has_512 = __builtin_cpu_supports("avx512vnni"), has_256 = has_avx_vnni();
     const Level chosen = wanted < 0 || Level(wanted) >= Level::amx ? level() : Level(wanted);
     if (chosen >= Level::avx512) return has_512 ? Units::avx512_vnni : Units::avx512;
     if (chosen == Level::avx2) return has_256 ? Units::avx_vnni : Units::avx2;
@@ -28,11 +41,17 @@ Units units(int64_t wanted) {
 
 }  // namespace
 
+#if JAMBA_AVX_VNNI
+#define CASE_AVX_VNNI(f, argument) \
+    case Units::avx_vnni: return vnni_256::f(argument);
+#else
+#define CASE_AVX_VNNI(f, argument)
+#endif
 #if JAMBA_X86
 #define DISPATCH_A8(f, argument, level)                                 \
     switch (units(level)) {                                             \
         case Units::avx512_vnni: return vnni_512::f(argument);          \
-        case Units::avx_vnni: return vnni_256::f(argument);             \
+        CASE_AVX_VNNI(f, argument)                                      \
         case Units::avx512:                                             \
         case Units::avx2: return a8_avx2::f(argument);                  \
         default: return a8_portable::f(argument);                       \

@@ -2,7 +2,7 @@
 #include "a8_products.h"
 #include "simd.h"
 
-#if JAMBA_X86
+#if JAMBA_AVX_VNNI
 BEGIN_TARGET_VNNI_256
 namespace vnni_256 {
 using namespace avx2;

@@ -57,6 +57,10 @@
 #if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #define JAMBA_AMX 1
 #endif
+// These compilers do not have the instructions of AVX-VNNI either.
+#if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define JAMBA_AVX_VNNI 1
+#endif
 
 // The instruction sets for which kernels are compiled: `avx2` to `amx` for x86-64, and `neon` to `neon_bf16` for ARM of
 // 64 bits. An instruction set includes those before it that belong to the same processors. Other processors than those of

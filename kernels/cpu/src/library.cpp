@@ -7,6 +7,8 @@
 #include <sys/auxv.h>
 #elif JAMBA_ARM && defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif JAMBA_X86
+#include <cpuid.h>
 #endif
 
 namespace {
@@ -35,10 +37,18 @@ bool has(ArmFeature feature) {
 }
 #endif
 
+#if JAMBA_X86
+// Returns whether the processor converts f16. The `__builtin_cpu_supports` of older versions of Clang does not know it.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 Level detect() {
 #if JAMBA_X86
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())) {
         return Level::portable;
     }
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
