@@ -157,7 +157,8 @@ class Simulator:
 
     @staticmethod
     def cost(chunk: Chunk) -> int:
-        """What a chunk takes of the budget: a decoded token is free, forced tokens after it are not."""
+        """Returns how many tokens of the budget a chunk takes. A decoded token takes none, but forced tokens after it
+        do."""
         size = chunk.end - chunk.start
         return size - 1 if size <= 1 + chunk.sequence.num_forced else size
 
@@ -173,7 +174,8 @@ class Simulator:
             self.slots[destination] = self.saved[source]
 
     def finish(self) -> None:
-        """Once nothing runs: the copies that wait for a step; then all is free, and what is findable is right."""
+        """Must be called when nothing runs. Runs the copies that wait for a step. Then checks that all pages and slots
+        are free, and that every saved state that can be found is the right one."""
         cache = self.scheduler.cache
         copies = cache.take_copies()
         self.copy(copies)
@@ -187,7 +189,7 @@ class Simulator:
                     self.num_saved += 1
 
     def check_chains(self) -> None:
-        """The pages that the cache protects are those that its saved states need, and all of these are there."""
+        """Checks that the cache protects exactly the pages that its saved states need, and that it has all of them."""
         cache = self.scheduler.cache
         needed: set[bytes] = set()
         states: set[bytes] = set()
@@ -208,7 +210,7 @@ class Simulator:
             assert cache.pages.lookup(page) is not None, "a state stays although a page that it needs is gone"
 
     def prefixes(self, salt: str, tokens: list[int]) -> Iterator[tuple[bytes, int]]:
-        """Keys of all prefixes, computed anew, and the states after them."""
+        """Yields the key of each prefix, computed anew, and the state after the prefix."""
         root, state = sha256(salt.encode()).digest(), self.before(salt)
         for position, token in enumerate(tokens):
             state, start = fold(state, token), position - position % self.block_size
@@ -218,7 +220,8 @@ class Simulator:
                 root = key
 
     def before(self, salt: str) -> int:
-        """The state before the first token. It depends on the salt, so that a prefix of another one is found."""
+        """Returns the state before the first token. It depends on the cache salt, so a prefix of a request with another
+        salt has other states, and its use is noticed."""
         return 100 * self.model + len(salt)
 
     def run(self, chunk: Chunk, choose: Callable[[Chunk], int]) -> ChunkResult:
@@ -256,7 +259,7 @@ class Simulator:
         return ChunkResult((forced[0] if forced else choose(chunk),))
 
     def check_hidden_states(self, chunk: Chunk) -> None:
-        """The hidden states that a vector needs are not in the cache, so its request must compute all of them."""
+        """Checks that a request for a vector computes all hidden states that the vector needs. The cache has none."""
         seq, length = chunk.sequence, chunk.sequence.num_prompt
         if seq.kind == "generate":
             return
@@ -272,7 +275,7 @@ class Simulator:
             self.num_vectors += 1
 
     def pools(self) -> list[BlockPool]:
-        """All that units can leak from."""
+        """Returns all pools of pages, slots and places."""
         cache = self.scheduler.cache
         return [cache.pages, *(pool for pool in vars(cache.store).values() if isinstance(pool, BlockPool))]
 
@@ -302,7 +305,7 @@ def make_scheduler(
     num_stages: int = 1,
     **sizes: int,
 ) -> Scheduler:
-    """`sizes` are the cache's."""
+    """Returns a scheduler with a cache. `sizes` are further arguments of `CacheManager`."""
     defaults = {"num_pages": 64, "block_size": 4, "interval": 1024}
     if store is None:
         store = CompressedStates(num_slots, num_compressed) if num_compressed else SlotStates(num_slots)
@@ -317,7 +320,7 @@ def make_scheduler(
     )
 
 
-THINKING_END = (6, 7, 8, 7, 9)  # tokens of no prompt
+THINKING_END = (6, 7, 8, 7, 9)  # no prompt has these tokens
 
 
 def random_request(random: Random, number: int, stems: list[list[int]], max_len: int) -> Request:
