@@ -35,10 +35,10 @@ class Microbatches:
         self._in_flight = 0
 
     def share(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Returns those of the sequences that decode that the next step takes, in the same order.
+        """Returns the sequences that the next step takes from the list `decoding`, in the same order.
 
-        Sequences whose next token is not known yet are left out. Of n others, no step takes more than the part that
-        every step would have, or that every step that can still be launched would have.
+        Sequences whose next token is not known yet are left out. The step takes at most an even share of all sequences
+        in the list for each stage, and at most an even share of the others for each step that can still be launched.
         """
         if self._num_stages == 1:
             return decoding

@@ -1,5 +1,5 @@
-"""Helps to try work again that has run out of a GPU's memory. Nothing that the work has written may be read by its
-repetition: the callers say when that holds."""
+"""Lets work that has run out of a GPU's memory be tried once more. The second attempt must not read anything that the
+first attempt has written. The callers know when that holds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def first_attempt(what: str, *, is_last: bool = False) -> Generator[None]:
-    """Context manager for work that returns a result out of the block. If the block raises torch.OutOfMemoryError,
-    what follows the block runs, which is the second attempt: a warning names the work `what`, and unused memory was
-    given back. If `is_last`, there is no second attempt, and the error is raised."""
+    """Context manager for the first attempt at some work. The block must end with a `return`, and the code after the
+    block must be the second attempt.
+
+    If the block raises torch.OutOfMemoryError, the error is logged as a warning, in which `what` names the work. Unused
+    memory is given back, and the code after the block runs. If `is_last`, the error is raised instead."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -23,8 +23,11 @@ class Piece(NamedTuple):
 
     @classmethod
     def of(cls, own: Own, dim: int, *, times: int = 1) -> Piece | None:
-        """Returns the piece of a tensor whose dimension `dim` has `times` times all that is divided among ranks, one
-        after the other. Returns None if that is the whole tensor."""
+        """Returns the piece of a tensor that belongs to a rank which has `own` of some rows or channels.
+
+        The dimension `dim` of the tensor consists of `times` parts of equal size, each of which is divided among the
+        ranks. `in_proj` of a Mamba layer, for example, has two parts: the inputs and the gates of all channels. Returns
+        None if the piece is the whole tensor."""
         if own.is_whole:
             return None
         starts = [i * own.total for i in range(times)]

@@ -55,7 +55,7 @@ class ReadAhead:
         self._thread.join()
 
     def used(self, num_bytes: int) -> None:
-        """Says how many bytes of all files together have been used."""
+        """Must be called with the number of bytes of all files together that have been used up to now."""
         with self._changed:
             self._used = num_bytes
             self._changed.notify()
@@ -75,7 +75,7 @@ class ReadAhead:
             before += size
 
     def _wait_until(self, num_bytes: int) -> bool:
-        """Waits until so many bytes have been used. Returns False if the object is closed."""
+        """Waits until `num_bytes` bytes have been used. Returns False if the object is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._used >= num_bytes)
             return not self._is_closed

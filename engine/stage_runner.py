@@ -20,7 +20,7 @@ from jamba_server.engine.scheduler import ChunkResult, SchedulerOutput
 
 @dataclass(frozen=True, slots=True)
 class EarlierStage:
-    """A step of another stage than the last one, from which the results come."""
+    """A launched step of a stage that is not the last one. The last stage sends the results of the step."""
 
     output: SchedulerOutput
     restore_seconds: float

@@ -267,7 +267,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     why; it is empty on a GPU. `labels` are the names of a classifier's labels, and empty for a language model.
     `tensor_parallel_size` ranks run the model; the sizes in bytes are those of one rank, the first.
     `tensor_parallel_exact` says whether sums have the order that does not depend on the number of ranks. There are
-    `pipeline_parallel_size` stages, each of which has so many ranks.
+    `pipeline_parallel_size` stages, each with `tensor_parallel_size` ranks.
     `problem_type` is that of transformers' classifiers, or "". With a disk tier,
     `segment_page` and `segment_state` have the shape and the dtype of each tensor of a page, and of a state.
     """

@@ -14,8 +14,8 @@ BLOCK: Final = 32
 
 
 class Kind(NamedTuple):
-    """A kind of weights: those with so many bits, and with fine or with coarse groups of inputs that share a scale. A
-    group is fine if it has at most 32 inputs."""
+    """A kind of weights: those whose numbers have `bits` bits, with fine or with coarse groups of inputs that share a
+    scale. A group is fine if it has at most 32 inputs."""
 
     bits: int
     is_fine: bool

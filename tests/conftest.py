@@ -1,4 +1,5 @@
-"""What every test run needs: packages that are ours, no network, few threads, known signals, and a closing table."""
+"""Prepares every test run: the imported packages are this checkout's, the network is off, torch has one thread, signals
+have their usual handlers, and a table of all outcomes ends the run."""
 
 from __future__ import annotations
 
@@ -19,14 +20,15 @@ ROOT = Path(__file__).parent.parent
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 FOLDERS = ("server", "engine", "kernels")
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs the network must fail
+# A test that needs the network must fail. huggingface_hub reads this variable when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("JAMBA_")]:
-    del os.environ[name]  # settings of the person who runs the tests are not the tests'
+    del os.environ[name]  # the options of the person who runs the tests must not change them
 
 
 class Checkout(FileFinder):
-    """The modules at the top of the checkout, as they are where the package is installed: without our folders. Else
-    transformers, which looks for Hugging Face's `kernels`, would find and import ours."""
+    """Finds the modules at the top of the checkout, but not this project's folders, as where the package is installed.
+    Otherwise transformers, which looks for Hugging Face's package `kernels`, would import the folder of that name."""
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         return None if fullname in FOLDERS else super().find_spec(fullname, target)
@@ -36,8 +38,9 @@ sys.path_importer_cache[str(ROOT)] = Checkout(str(ROOT), (SourceFileLoader, SOUR
 
 
 def know_signals() -> None:
-    """Sets the signals that tests send as a terminal's foreground has them. A job in the background, or under nohup,
-    inherits SIGINT ignored, a supervisor's child some of them blocked; and so would all processes that tests start."""
+    """Gives the signals that tests send the handlers that a command in a terminal has. A job in the background, or
+    under nohup, ignores SIGINT, and a supervisor may have blocked some signals. All processes that tests start would
+    inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -45,12 +48,12 @@ def know_signals() -> None:
 
 @pytest.fixture(autouse=True)
 def known_signals() -> None:
-    """Before every test, so that none of them depends on one that ran before it."""
+    """Sets the signals before every test, so that no test depends on one that ran before it."""
     know_signals()
 
 
 def pytest_configure() -> None:
-    know_signals()  # for what lives longer than a test
+    know_signals()  # for processes and threads that live longer than a test
     if not Path(jamba_server.__file__).resolve().is_relative_to(ROOT):
         pytest.exit(
             f"`import jamba_server` finds {jamba_server.__file__}, which is not this checkout: run `make test`.",
@@ -60,7 +63,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much on a machine that is busy
+        torch.set_num_threads(1)  # more threads do not help with tiny tensors, and are slow on a busy machine
 
 
 STRAY = pytest.StashKey[set[str]]()
@@ -75,19 +78,20 @@ def pytest_testnodedown(node: Any) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (output := getattr(session.config, "workeroutput", None)) is not None:
-        output["stray"] = stray_modules()  # a worker tells the process that counts
+        output["stray"] = stray_modules()  # a worker of pytest-xdist reports its stray modules to the main process
     elif stray(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def stray(config: pytest.Config) -> list[str]:
-    """The stray modules of this process and of all workers."""
+    """Returns the stray modules of this process and of all workers."""
     return sorted(config.stash.get(STRAY, set[str]()).union(stray_modules()))
 
 
 def stray_modules() -> list[str]:
-    """Our folders that were imported by a name which is not ours, such as `kernels`: each would be there a second time,
-    with classes of its own, and in an installed environment the name may be that of somebody else's package."""
+    """Returns the folders of this project that were imported outside of the package `jamba_server`, such as `kernels`.
+    Such a module would exist twice, with different classes. Where the package is installed, another package may have
+    this name."""
     modules = {name: sys.modules[name] for name in FOLDERS if name in sys.modules}
     return [n for n, m in modules.items() if any(Path(path).resolve() == ROOT / n for path in m.__path__)]
 

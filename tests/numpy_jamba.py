@@ -47,7 +47,7 @@ class NumpyJamba:
         ]
 
     def forward(self, ids: Sequence[int], state: list[LayerState]) -> Array:
-        """Logits [T, V] of tokens that follow those which `state` has seen."""
+        """Returns the logits [T, V] of tokens that follow the tokens in `state`, and updates `state`."""
         x = self.weights["model.embed_tokens.weight"][list(ids)]
         for i in range(self.config.num_hidden_layers):
             layer = f"model.layers.{i}."
@@ -117,7 +117,7 @@ def _softmax(x: Array) -> Array:
 
 
 def tensor_shapes(config: JambaConfig) -> dict[str, tuple[int, ...]]:
-    """What a checkpoint of this configuration holds, by name on disk."""
+    """Returns the shapes of the tensors in a checkpoint with this configuration, by their names on disk."""
     h, v = config.hidden_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h), "model.final_layernorm.weight": (h,)}
     if not config.tie_word_embeddings:
@@ -176,7 +176,7 @@ def _moe_shapes(config: JambaConfig, p: str) -> dict[str, tuple[int, ...]]:
 
 
 def golden_weights(config: JambaConfig) -> dict[str, Array]:
-    """A sine wave for each tensor, its phase from the tensor's name; rounded to float32."""
+    """Returns a sine wave, rounded to float32, for each tensor. Its phase depends on the tensor's name."""
     return {name: _golden(name, shape) for name, shape in tensor_shapes(config).items()}
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks divide by: bytes of weights that a decode step reads."""
+"""The numbers from which benchmarks compute limits, such as the bytes of weights that a decode step reads."""
 
 from __future__ import annotations
 

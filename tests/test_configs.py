@@ -187,14 +187,14 @@ def test_docker_compose_accepts_its_files(files: list[str]) -> None:
 
 
 def mounts_of(service: dict[str, Any]) -> dict[str, str]:
-    """Sources by their places in the container, variables at their defaults."""
+    """Returns the sources of a service's mounts by their paths in the container. Variables have their defaults."""
     short = [volume.split(":") for volume in service["volumes"] if isinstance(volume, str)]
     long = [(volume["source"], volume["target"]) for volume in service["volumes"] if isinstance(volume, dict)]
     return {target: re.sub(r"\$\{\w+:-(.*)\}", r"\1", source) for source, target, *_ in (*short, *long)}
 
 
 def test_compose_mounts_what_exists() -> None:
-    """The daemon makes what does not, as root's."""
+    """Docker would create a missing folder, which would then belong to root."""
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     mounts = [source for service in services.values() for source in mounts_of(service).values()]
     ours = [ROOT / mount for mount in mounts if mount.startswith(".")]

@@ -1,4 +1,4 @@
-"""The documents keep their promises: links resolve, chapters are short, figures name the run that they come from."""
+"""Checks of the documents: links resolve, chapters are short, and figures name the run that they come from."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MAX_PLAIN_WORDS = 150  # of a chapter that has neither a list nor a table nor a 
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that a forge makes of a page's headings."""
+    """Returns the anchors that a page's headings have on GitHub and similar sites."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def links(page: Path) -> Iterator[tuple[str, str]]:
-    """(path, anchor) of the links to our own files."""
+    """Yields (path, anchor) of each link to a file of this project."""
     for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if "://" not in target and not target.startswith("mailto:"):
             path, _, anchor = target.partition("#")

@@ -142,7 +142,7 @@ def write_foreign_wheel(folder: Path) -> Path:
 
 
 def test_it_lives_beside_another_package_called_kernels(wheel: Path, tmp_path: Path) -> None:
-    """Whichever comes first, and whichever goes."""
+    """The order of the two installations does not matter, and each package stays when the other one is removed."""
     foreign, environment = write_foreign_wheel(tmp_path), tmp_path / "environment"
     run([sys.executable, "-m", "venv", "--without-pip", environment], cwd=tmp_path)
     python = environment / "bin" / "python"

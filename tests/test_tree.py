@@ -24,7 +24,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @cache
 def statements() -> Sequence[tuple[Path, Function | ast.Global | ast.Import | ast.ImportFrom]]:
-    """What the tests look at, of all files. A file is parsed once."""
+    """Yields the statements of all files that the tests check. Each file is parsed once."""
     wanted = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Global, ast.Import, ast.ImportFrom)
     found: list[tuple[Path, Any]] = []
     for path in FILES:
@@ -39,13 +39,14 @@ def functions() -> Iterator[tuple[str, Function]]:
 
 
 def is_gpu_kernel(function: Function) -> bool:
-    """Compiled by triton: takes every tensor, stride and size by itself."""
+    """Returns whether a function is compiled by triton. Such a function has many parameters: each tensor, stride and
+    size."""
     decorators = [d.func if isinstance(d, ast.Call) else d for d in function.decorator_list]
     return any(isinstance(decorator, ast.Name) and decorator.id == "jit" for decorator in decorators)
 
 
 def num_parameters(function: Function) -> int:
-    """Parameters that a caller passes: without self and cls."""
+    """Returns the number of parameters that a caller passes, without self and cls."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     if positional and positional[0].arg in ("self", "cls"):

@@ -90,14 +90,14 @@ def save_tiny(folder: Path, *, seed: int = 0, architecture: str = "JambaForCausa
 
 
 def oracle_logits(model: Any, ids: Sequence[int]) -> Tensor:
-    """transformers' logits of a whole prompt, fed at once: float32 [T, V]."""
+    """Returns transformers' logits of a prompt that is computed in one call: float32 [T, V]."""
     with torch.no_grad():
         return model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
 
 @torch.no_grad()
 def _randomize(model: Any, generator: torch.Generator) -> None:
-    """Weights that make every part matter: transformers' own are so small that all logits are nearly equal."""
+    """Draws weights again, because transformers' own are so small that all logits are nearly equal."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         match name.split(".")[-1], name.split(".")[-2]:

@@ -31,7 +31,7 @@ SECONDS: Final = 900.0  # time limit for the mutations of one child
 SECONDS_EACH: Final = 20.0  # limit of the processor time for one mutation
 # The types of the matrices in the tiny models.
 KINDS: Final = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
-NUMBERS_END: Final = 1500  # the numbers of the model are in about so many bytes at the beginning of a header
+NUMBERS_END: Final = 1500  # the numbers of the model are in about the first 1500 bytes of a header
 # Numbers that programs often handle wrongly.
 NUMBERS: Final = (
     0,
@@ -186,7 +186,8 @@ def tiny_files(folder: Path) -> list[Path]:
     from tests.tiny import save_tiny
 
     def kinds(kind: str) -> Callable[[str], str]:
-        """dt_proj has rows of four numbers, which are no whole blocks."""
+        """Returns the function that gives each matrix its type: `kind`, but F16 for dt_proj, because its rows of four
+        numbers are shorter than a block."""
         return lambda name: "F16" if name.endswith("ssm_dt.weight") else kind
 
     metadata, paths = vocabulary(LEARNT), list[Path]()

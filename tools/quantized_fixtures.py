@@ -69,7 +69,7 @@ def bitsandbytes(source: Path, target: Path, **options: Any) -> Numbers:
 
 
 def llmcompressor(source: Path, target: Path, **scheme: Any) -> Numbers:
-    """Without calibration data: the scales come from the weights."""
+    """Quantises with llm-compressor, without calibration data: the scales come from the weights."""
     package, modifiers = import_module("llmcompressor"), import_module("llmcompressor.modifiers.quantization")
     decompress: Any = import_module("compressed_tensors.compressors").decompress_module
     model: Any = transformers.JambaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -116,8 +116,8 @@ def mlx(source: Path, target: Path, *, bits: int, size: int) -> Numbers:
 def with_linear_modules(
     source: Path, target: Path, settings: dict[str, Any], replace: Callable[[str, torch.nn.Linear], tuple[Any, Tensor]]
 ) -> Numbers:
-    """For packages whose own commands do not run on the model: their linear modules take the places of the model's.
-    `replace` returns such a module and the numbers in it."""
+    """Writes a checkpoint with the linear modules of a package whose own commands do not work with Jamba. `replace`
+    returns the module that takes the place of one of the model's linear modules, and the numbers in it."""
     model: Any = transformers.JambaForCausalLM.from_pretrained(source, dtype=torch.float16)
     numbers: Numbers = {}
     for name, linear in list(model.named_modules()):
@@ -141,7 +141,7 @@ def scales_of(linear: torch.nn.Linear, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def autoawq(source: Path, target: Path, *, size: int) -> Numbers:
-    """AutoAWQ has no class for Jamba."""
+    """Packs with AutoAWQ's linear module, because AutoAWQ has no class for Jamba."""
     kind: Any = import_module("awq.modules.linear.gemm").WQLinear_GEMM
     unpack: Any = import_module("awq.utils.packing_utils").dequantize_gemm
 

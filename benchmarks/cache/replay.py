@@ -160,7 +160,7 @@ class Replay:
 
     @property
     def next_due(self) -> float:
-        """The time of the next request in seconds, or infinity if every request was sent whose turn has come."""
+        """The time of the next request in seconds, or infinity if no request is known whose turn has come."""
         return self._due[0][0] if self._due else math.inf
 
     def run(self, engine: Engine) -> list[Outcome]:

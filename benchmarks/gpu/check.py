@@ -66,8 +66,9 @@ MODULES = {
     "sweep": "sweep",
     "transformers": "peer_transformers",
 }
-# The parts of the first calls on a rented machine, each for ten minutes: the proof that the engine works and its first
-# figures; the large model and the server; and what a tuning of the kernels needs.
+# The parts of each call on a rented machine, which takes ten minutes. The first call shows that the engine works and
+# gives its first figures. The second measures the large model and the server, the third tunes the kernels, and "rest"
+# runs what is left.
 CALLS: Mapping[str, Sequence[str]] = {
     "first": ("probe", "parity", "3b", "kernels"),
     "second": ("mini", "http", "counters"),
@@ -132,7 +133,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="name of the result files, without extension")
     parser.add_argument("--only", help="parts to run, in this order (default: all)")
-    parser.add_argument("--call", choices=sorted(CALLS), help="run the parts of the first, second or third call")
+    parser.add_argument("--call", choices=sorted(CALLS), help="run the parts of one call on a rented machine")
     parser.add_argument("--cells", default="", help="regular expression: which calls the part tune times (. for all)")
     parser.add_argument("--report", action="store_true", help="measure nothing, but write the table and its JSON")
     parser.add_argument(

@@ -28,18 +28,16 @@ from benchmarks.gpu.predict import Ceilings
 from benchmarks.gpu.targets import Target
 
 MULTIPROCESSORS: Final = 132
-# The clock rate is in hertz. A multiprocessor has so many bytes of shared memory, and so many registers, for programs.
-CLOCK: Final = 1.755e9
-SHARED_BYTES: Final = 227 << 10
-REGISTERS: Final = 65536
-# The rows of x may occupy so many bytes of the L2 cache, which has 50 MB.
-L2_BYTES: Final = 40e6
-L2_RATE: Final = 5.5e12  # bytes a second, of all multiprocessors
-L2_RATE_EACH: Final = 64 * CLOCK  # bytes a second, of one multiprocessor
-LATENCY: Final = 0.75e-6  # seconds from the request of bytes of memory under load until they are there
-STEP: Final = 0.14e-6  # seconds that a step of a program's loop takes by itself, about 250 cycles
+CLOCK: Final = 1.755e9  # the clock rate in hertz
+SHARED_BYTES: Final = 227 << 10  # bytes of shared memory that the programs of a multiprocessor may use
+REGISTERS: Final = 65536  # registers of a multiprocessor
+L2_BYTES: Final = 40e6  # bytes of the L2 cache that the rows of x may occupy; the whole cache has 50 MB
+L2_RATE: Final = 5.5e12  # bytes per second that all multiprocessors together read through the L2 cache
+L2_RATE_EACH: Final = 64 * CLOCK  # bytes per second that one multiprocessor reads through the L2 cache
+LATENCY: Final = 0.75e-6  # seconds from a request to memory under load until its bytes arrive
+STEP: Final = 0.14e-6  # latency of one step of a program's loop in seconds, about 250 cycles
 LAUNCH: Final = 1.3e-6  # seconds between two kernels of a graph
-TENSOR_OPERATIONS: Final = 4096  # of a multiprocessor, a cycle, in bfloat16
+TENSOR_OPERATIONS: Final = 4096  # operations in bfloat16 that the tensor cores of a multiprocessor do in a cycle
 # The share of the tensor cores' rate that a loop reaches: a tile of 64 rows or columns, of 128 x 128, and of 128 x 256.
 SHARES: Final = {64: 0.55, 128: 0.65, 256: 0.8}
 # Cycles in which a multiprocessor computes 128 x 128 numbers of a quantised weight.
@@ -104,7 +102,8 @@ class Product:
 
     @property
     def slots(self) -> int:
-        """How many programs a multiprocessor has room for, by shared memory and by a guess at the registers."""
+        """The number of programs that a multiprocessor has room for, given its shared memory and an estimate of the
+        registers of a program."""
         rows, columns, inner, warps, stages = self.tile
         shared = stages * inner * (2 * rows + self.weight_bytes * columns)
         quantized = self.weight_bytes < 2
@@ -176,7 +175,7 @@ def product_of(launched: Launched, case_rows: int, weight_bytes: float) -> Produ
     if launched.kernel in ("gate_up_kernel", "down_kernel"):
         hidden, inner, experts = values["hidden"], values["intermediate"], values["EXPERTS"]
         choices = case_rows * values["TOP_K"]
-        # so many experts are chosen by at least one token on average
+        # the average number of experts that at least one token chooses
         used = max(1, round(experts * (1 - (1 - values["TOP_K"] / experts) ** case_rows)))
         columns, inputs = (2 * inner, hidden) if launched.kernel == "gate_up_kernel" else (hidden, inner)
         return Product(launched, choices, columns, inputs, used, weight_bytes)
@@ -200,7 +199,7 @@ class Prediction:
         return self.programs / MULTIPROCESSORS
 
 
-# Each weight takes so many bytes in memory. Its share of the scales is included.
+# The number of bytes that one number of a weight takes in memory, by the format. The scales are included.
 WEIGHT_BYTES: Final = {None: 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.53, "int4-g32": 0.5625}
 
 
@@ -219,7 +218,7 @@ def predict(target: Target, ceilings: Ceilings) -> Prediction | None:
         if product is not None:
             programs = max(programs, launched.programs)
             seconds += product.seconds(ceilings)
-        else:  # sums of sections or of experts, or a list of their rows: what it moves stays in the L2 cache
+        else:  # a kernel that adds sections or experts, or lists rows: all that it reads and writes is in the L2 cache
             moved = sum(t.nbytes for t in launched.values.values() if isinstance(t, torch.Tensor))
             seconds += LAUNCH + moved / L2_RATE
     return Prediction(programs, seconds, len(found))

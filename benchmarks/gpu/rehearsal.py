@@ -112,7 +112,7 @@ def report(target: int) -> str:
     machine = conditions.describe_machine()
     threads = [1, machine.cores]
     lines = [
-        "Kernels that an engine compiles while its weights load, and seconds that it takes in so many threads: triton "
+        "Kernels that an engine compiles while its weights load, and how many seconds that takes: triton "
         f"{triton.__version__}, sm_{target}, nothing compiled before, nothing loaded meanwhile. {machine.cpu}, "
         f"{machine.cores} cores.",
         "",

@@ -72,7 +72,8 @@ def command(folder: Path, python: str) -> list[str]:
 def table(folder: Path) -> str:
     """Returns a table of the wheels in `folder` with their sizes in kB, and their sum. Exits with a message if a wheel
     is missing, or if there are two versions of a package, which pip would refuse to install."""
-    from packaging.utils import canonicalize_name, parse_wheel_filename  # the machine with the GPU may lack it
+    # The machine with the GPU may lack this package, and imports this module without calling this function.
+    from packaging.utils import canonicalize_name, parse_wheel_filename
 
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.whl")):

@@ -125,7 +125,8 @@ def start(client: OpenAI, lines: list[str]) -> str:
 
 
 def run_batch(flags: argparse.Namespace, arguments: list[str], kills: int) -> tuple[Run, list[str]]:
-    """Runs the batch, with so many kills. Returns its results and the lines that the server logged at its start."""
+    """Runs the batch, in which the server is killed `kills` times. Returns the results of the batch, and the lines that
+    the server logged at its start."""
     run, draw, lines = Run(), random.Random(flags.seed), batch_lines(flags.lines, flags.longest)
     begin, batch_id, server = time.monotonic(), "", list[str]()
     deadline = begin + flags.max_seconds

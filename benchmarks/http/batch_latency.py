@@ -158,7 +158,7 @@ def interval(before: Counters, after: Counters) -> dict[str, float]:
 
 
 async def direct(url: str, prompts: Prompts, clients: int, seconds: float) -> None:
-    """Sends the requests of a batch directly, by so many clients that each send one after the other."""
+    """Sends the requests of a batch directly, without a batch. Each of `clients` clients sends one after the other."""
 
     async def one() -> None:
         while True:

@@ -160,7 +160,7 @@ async def last_turns(
     await ask(http, url, tokens(draw, NEW), 1)  # the first request of a server is slower
     pairs: list[Pair] = []
     for number, chat in enumerate(chats):
-        if on_device:  # whatever the other chats have evicted
+        if on_device:  # brings the chat to the device again if the other chats have evicted it
             await ask(http, url, [*chat, *tokens(draw, 1)], 1)
         before = gauges_of(url)
         turns: dict[str, Turn] = {}

@@ -32,7 +32,9 @@ GPU = Ceilings(bandwidth=3.0e12, matmul=650e12)
 MEMORY, USED_SHARE = 80e9, 0.92  # bytes of a GPU, and the share of them that the server uses (--gpu-memory-utilization)
 ACTIVATIONS = 2e9  # bytes of a GPU that are kept free for activations
 MOST_SEQUENCES = 256
-DECODE_SHARE, PREFILL_SHARE = 0.7, 0.5  # of the limit; these are targets, which no measurement has shown yet
+# The shares of the limits of the GPU that decode and prefill reach. These are targets, which no measurement has shown
+# yet.
+DECODE_SHARE, PREFILL_SHARE = 0.7, 0.5
 CONTEXT, CHUNK = 8192, 8192  # tokens of a sequence that decodes, and of a prompt and its chunks
 NETWORKS = {"25 Gbit/s": 25e9 / 8, "400 Gbit/s": 400e9 / 8}  # bytes a second
 LARGE = SHAPES["mini"] | {

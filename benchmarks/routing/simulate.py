@@ -31,9 +31,9 @@ from jamba_server.server.cli.bench.trees import ChatTrees
 from jamba_server.server.cli.bench.workloads import Trace
 
 TRACES = {"conv": "chats", "code": "code completions"}
-CACHE_MIB = 128  # of each engine
-STATE_SHARE = 0.25  # of it, for saved states
-SEED = 1  # of the model of sharing; the weights of the router were chosen with seed 0
+CACHE_MIB = 128  # MiB for pages and saved states of each engine
+STATE_SHARE = 0.25  # the share of these MiB that is for saved states
+SEED = 1  # the seed of the model `ChatTrees`; the weights of the router were chosen with seed 0
 TEXT = """# {name}
 
 Which engine should get a request? A discrete-event simulation (`benchmarks/routing/`), made by

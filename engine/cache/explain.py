@@ -28,7 +28,7 @@ from jamba_server.engine.cache.manager import CacheManager, PrefixHit
 from jamba_server.engine.sequence import RestoredPrefix, Sequence
 from jamba_server.engine.types import CacheReport, CacheTier, MissReason
 
-MAX_SALTS = 8  # salts that are remembered of one tenant
+MAX_SALTS = 8  # the largest number of salts that are remembered of one tenant
 MAX_TENANTS = 256
 
 

@@ -208,7 +208,7 @@ class CacheManager:
         lost = next((n for n in range(shared, hit, -1) if self.store.was_evicted(hashes[n - 1])), hit)
         return (shared - lost) * self.block_size, (evicted_to - shared + lost - hit) * self.block_size
 
-    # What a cache with tiers does besides (`engine/cache/tiers/cache.py`) ----------------------------------------
+    # Methods with an effect only in a cache with tiers (`engine/cache/tiers/cache.py`) ----------------------------
 
     @property
     def is_restoring(self) -> bool:

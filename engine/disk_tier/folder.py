@@ -36,7 +36,7 @@ UNFINISHED: Final = ".part"
 ABANDONED_SECONDS: Final = 600.0
 LONGEST_HEADER: Final = 8192  # bytes
 _CLOCK_STEP_NS: Final = 100_000_000
-_MOST_OPEN: Final = 32  # files that are not synchronised yet
+_MOST_OPEN: Final = 32  # the largest number of files that stay open because they are not synchronised yet
 
 
 class OtherParent(BadSegment):

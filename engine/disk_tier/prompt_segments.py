@@ -1,8 +1,8 @@
 """The segments of one prompt, which two servers name by the same keys. Works without torch.
 
-The keys of a prefix depend on its tokens and on the cache salt only, so a server that has the prompt knows which key
-each segment must have, which segment precedes it, and which tokens it has. Nothing but its numbers is taken from the
-server that has computed it.
+The keys of a prefix depend on its tokens and on the cache salt only. So a server that has the prompt knows which key
+each segment must have, which segment precedes it, and which tokens it has. From the server that has computed the prompt
+it takes only the contents of the pages and states.
 """
 
 from __future__ import annotations

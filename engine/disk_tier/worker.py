@@ -1,7 +1,7 @@
-"""The threads of the disk tier. One writes segments and looks what other servers have written; the other reads.
+"""The threads of the disk tier. One writes segments and looks for segments of other servers; the other reads segments.
 
-The engine's thread hands them work and gets `Event`s through its inbox, so what the disk is like and how fast it is
-never decides within a step. Works without torch.
+The engine's thread hands them work and gets `Event`s through its inbox. So neither the contents nor the speed of the
+disk affect a step that has begun. Works without torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCAN_SECONDS: Final = 1.0  # how often the folder is searched for segments of ot
 # This is added to the niceness of the process. A greater number would give way more, but this thread then might hold
 # the interpreter's lock while it waits for a processor, and the engine would wait with it.
 NICENESS: Final = 5
-EXIT_SECONDS: Final = 5.0  # what a process waits for each thread when it ends without `Worker.close`
+EXIT_SECONDS: Final = 5.0  # a process that ends without `Worker.close` waits for each thread at most this long
 
 
 class Worker:

@@ -37,7 +37,7 @@ _MAX_NAME: Final = 1 << 10  # bytes of a key or of the name of a tensor
 _MAX_PIECES: Final = 1000
 _MAX_DIMENSIONS: Final = 4
 _MAX_ALIGNMENT: Final = 1 << 20
-_STEP: Final = 1 << 20  # at least so many bytes of the header are read at a time
+_STEP: Final = 1 << 20  # at least this many bytes of the header are read at a time
 _ALIGNMENT: Final = 32  # bytes; used if the file does not say otherwise
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 # Maps the number of a type of metadata to the format of the struct module.

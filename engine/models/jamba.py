@@ -94,9 +94,9 @@ class Jamba(ABC):
             self._output = _Output(norm, self._make_head(self._embed_tokens if ties else None))
 
     def forward(self, batch: ForwardBatch, storage: CacheStorage, received: Tensor | None = None) -> Tensor:
-        """Returns the hidden states [T, H] after the final norm, or the residual stream [T, H] if another stage goes on
-        with the layers after this one's. Stages other than the first go on from the residual stream that they have
-        `received`. Reads and writes the KV pages and state slots in `storage` that `batch` names."""
+        """Returns the hidden states [T, H] after the final norm. If another stage has the next layers, returns the
+        residual stream [T, H] instead. All stages but the first begin with the residual stream `received`. Reads and
+        writes the KV pages and state slots in `storage` that `batch` names."""
         kv_caches, states = iter(storage.kv_layers), iter(storage.state_layers)
         residual: Tensor | None = None
         if received is None:

@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 HELLO_SECONDS: Final = 10.0  # a new connection must send its first message within this time
 START_SECONDS: Final = 60.0  # all nodes must have connected their ranks within this time
-REMINDER_SECONDS: Final = 30.0  # the log says so often which nodes are awaited
-# When a node has left, the engine notices that by itself. If it still runs after this time, it is killed.
+REMINDER_SECONDS: Final = 30.0  # time between two log lines that say which nodes are awaited
+# When a node has left, the engine process notices that by itself and ends. If it still runs after this time, it is
+# killed.
 NOTICE_SECONDS: Final = 5.0
 FAREWELL_SECONDS: Final = 2.0  # the last message to the nodes must be sent within this time
 
@@ -191,7 +192,8 @@ class Coordinator:
         if reason := difference(self._terms, hello.terms, hello.node):
             return Refused(reason, final=True)
         if (present := self._nodes.get(hello.node)) is not None:
-            # The present one may be lost without a word, so the new one tries again until the system has noticed that.
+            # The joined node may be a machine that was lost, whose connection the system still takes for open. So this
+            # refusal is not final: the new node tries again, and joins when the system has noticed the loss.
             return Refused(f"node {hello.node} has joined already, from {present.host}.", final=False)
         return None
 

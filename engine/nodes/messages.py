@@ -15,7 +15,7 @@ import msgspec
 from jamba_server.engine.nodes.terms import Terms
 from jamba_server.engine.process.wire import HEADER_BYTES, body_bytes, pack
 
-MAX_FIRST_BYTES: Final = 4 << 20  # of the first message of a connection, whose sender is not known yet
+MAX_FIRST_BYTES: Final = 4 << 20  # the largest first message of a connection; its sender is not known yet
 # If the other machine does not answer for about this number of seconds, a connection to it ends.
 SILENCE_SECONDS: Final = 20
 

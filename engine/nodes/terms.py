@@ -23,8 +23,8 @@ from jamba_server.engine.weight_files import weight_files
 
 # These options may differ between nodes. The paths of the model and the tokenizer must lead to the same contents.
 OWN_OPTIONS: Final = ("model", "tokenizer", "threads", "numa", "cpu_memory_bytes", "gpu_memory_utilization")
-# Of each file of the model, so many bytes at every multiple of the stride are compared. A comparison of all bytes would
-# take as long as loading the whole model, of which a node reads only a part.
+# Of each file of the model, _SAMPLE_BYTES bytes at every multiple of _SAMPLE_STRIDE are compared. A comparison of all
+# bytes would take as long as loading the whole model, of which a node reads only a part.
 _SAMPLE_BYTES: Final = 1 << 16
 _SAMPLE_STRIDE: Final = 4 << 20
 

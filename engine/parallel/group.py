@@ -25,8 +25,8 @@ _FEW_BYTES: Final = 1 << 17
 
 @dataclass(slots=True)
 class Traffic:
-    """What a rank has exchanged: the number of exchanges, the bytes that it sent to each of the others added up, and
-    the seconds that it took."""
+    """What a rank has exchanged: the number of exchanges, the number of bytes that it sent to all other ranks together,
+    and the seconds that the exchanges took."""
 
     exchanges: int = 0
     num_bytes: int = 0
@@ -53,8 +53,8 @@ class Group:
         timeout: timedelta = TIMEOUT,
         host: str = LOOPBACK,
     ) -> Group:
-        """Waits until all ranks have met in `store`, and returns their group: NCCL's on GPUs, else gloo's, of which
-        this rank listens at the address `host`. An exchange that takes longer than `timeout` fails."""
+        """Waits until all ranks have met in `store`, and returns their group. It uses NCCL on GPUs, and gloo otherwise;
+        with gloo, this rank listens at the address `host`. An exchange that takes longer than `timeout` fails."""
         if shard.size == 1:
             return cls(shard)
         if device.type == "cuda":
@@ -85,7 +85,8 @@ class Group:
         return x if self.shard.size == 1 else self._gather(x.contiguous()).transpose(0, 1).flatten(1)
 
     def join_disjoint(self, x: Tensor) -> Tensor:
-        """Returns the elements of x that are not zero in one of the ranks. No element may be that in two ranks."""
+        """Returns, for each element of x, the value of the one rank in which it is not zero, or zero if it is zero in
+        all ranks. An element may be different from zero in one rank only."""
         if self.shard.size > 1:
             bits = x.view(torch.uint8)
             self._exchange(lambda group: group.allreduce([bits]), x.nbytes)

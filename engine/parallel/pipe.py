@@ -44,8 +44,8 @@ class Pipe:
         timeout: timedelta = TIMEOUT,
         host: str = LOOPBACK,
     ) -> Pipe:
-        """Waits until the ranks of all stages have met in `store`, and returns their pipe. Of gloo, this rank listens
-        at the address `host`."""
+        """Waits until the ranks of all stages have met in `store`, and returns their pipe. For exchanges with gloo,
+        this rank listens at the address `host`."""
         control = gloo(dist.PrefixStore("control", store), stage.index, stage.count, timeout, host)
         if device.type != "cuda":
             return cls(stage, control, control)

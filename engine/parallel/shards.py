@@ -71,7 +71,7 @@ WHOLE: Final = Shard()
 
 
 def check_size(size: int) -> None:
-    """Raises ConfigError unless there may be so many ranks."""
+    """Raises ConfigError unless `size` is a number of ranks that is supported."""
     if size not in SIZES:
         raise ConfigError(f"tensor_parallel_size is {size}; it must be one of {', '.join(map(str, SIZES))}.")
 

@@ -50,7 +50,8 @@ class _Group(NamedTuple):
 
 
 def recognises(settings: Settings) -> bool:
-    """The format float-quantized, and settings without a format, are those of 8-bit floats."""
+    """Returns whether the settings are those of integers. Settings with the format float-quantized, or without a
+    format, are those of 8-bit floats, which another module reads."""
     groups = settings.values.get("config_groups")
     schemes = list(cast(dict[str, Any], groups).values()) if isinstance(groups, dict) else []
     found = [scheme.get("format") for scheme in [settings.values, *schemes] if isinstance(scheme, Mapping)]

@@ -1,4 +1,5 @@
-"""Says which matrices a folder has quantised whose weight files are absent, for a plan of its memory."""
+"""Says which matrices of a folder are quantised if its weight files are absent. A memory plan without these files needs
+this."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class EngineClient:
     The child is killed if it has requests but sends no message for `engine_timeout` seconds, or if it reports no
     progress for `load_timeout` seconds while it loads. A new request is refused if more than `max_queue_requests`
     choices would then wait to be run; 0 means no limit. Requests in the background are never refused and do not count.
-    `spawn` starts a child; without it, `command` is started on this machine in its `place`.
+    If the function `spawn` is given, it starts a child. Otherwise `command` is started on this machine, in `place`.
     """
 
     def __init__(

@@ -3,7 +3,7 @@ socket.
 
 `ranks.Ranks` starts this process, or, on another machine than rank 0, `nodes.agent.Agent` does, with a JSON object of
 the options that this machine has to itself. The process loads its part of the model and runs the steps that rank 0
-announces. It keeps the results, because rank 0 has the same.
+announces. It sends no results to anybody, because rank 0 has the same results.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def run(connection: socket.socket, send: Send, own_options: dict[str, Any]) -> i
 
 
 def run_step(core: EngineCore) -> StepResult:
-    """Runs a step. If it fails, the cause may be that another rank has died. Rank 0 finds that out and ends this
-    process, too, so this process waits before it ends by itself and becomes the first rank that has."""
+    """Runs a step. If the step fails, the cause may be that another rank has died. Rank 0 looks for the rank that ended
+    first, and then ends this process, too. This process therefore waits before it ends by itself, so that rank 0 does
+    not take it for the one that ended first."""
     try:
         return core.step()
     except Exception:

@@ -128,7 +128,7 @@ class Ranks:
                     raise
 
     def wait_for_news(self) -> None:
-        """Waits for the news that a rank has died, which end this process, for up to NEWS_SECONDS seconds."""
+        """Waits up to NEWS_SECONDS seconds for the news that a rank has died. The news ends this process."""
         self._death.wait(NEWS_SECONDS)
 
     def _watch(self, rank: int, connection: socket.socket, process: subprocess.Popen[bytes] | None) -> None:

@@ -48,7 +48,8 @@ class KnownPrefixes:
     def longest(self, keys: Sequence[int]) -> int:
         """Returns how many tokens the longest known prefix has."""
         low, high = 0, len(keys)
-        # A prefix of a known prefix may have been forgotten, but not the other way round: `add` uses the shortest last.
+        # All shorter prefixes of a known prefix are known, too: `add` marks the shortest one as used last, so the
+        # longest one is forgotten first. A binary search therefore finds the longest known prefix.
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if keys[middle - 1] in self._keys else (low, middle - 1)

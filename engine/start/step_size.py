@@ -38,19 +38,20 @@ SMALLEST, LARGEST = 32, 512
 read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens than in steps of 128,
 and a third longer in steps of 16. Steps of more tokens would hardly be faster per token."""
 DECODE_STEPS: Final = 4
-"""A step may take as long as so many decode steps, because a step of a large model cannot be shorter than the time in
-which it reads the weights. With the 3B shape on a processor with AMX, two decode steps leave time for 32 prompt tokens
-and half of the speed, and four leave time for 128 tokens and nine tenths of it."""
+"""A step may take as long as this number of decode steps, because a step of a large model cannot be shorter than the
+time in which it reads the weights. With the 3B shape on a processor with AMX, a limit of two decode steps gives steps
+of 32 prompt tokens, with which prefill reaches half of its highest speed. A limit of four gives steps of 128 tokens,
+with which it reaches nine tenths."""
 MEASURING_SECONDS: Final = 0.025
 """The time for the measurement of the products, and for that of the bandwidth."""
 _SLOWEST: Final = 2e10
 """The rate of matrix products, in operations per second, that every machine is assumed to reach. A model whose steps
 are short enough at this rate is not measured."""
 _SHARE: Final = 0.5
-"""The share of a step on such a machine that is products."""
+"""The share of a step's time that products take on such a machine."""
 _OTHERS: Final = 4
-"""All that a step computes beside the products takes about so many times as long as its selective scans. It was
-measured with the shapes `small`, `moe` and `3b` on a processor with AMX, where that part is largest."""
+"""All that a step computes beside the products takes about this many times as long as its selective scans. The factor
+was measured with the shapes `small`, `moe` and `3b` on a processor with AMX, where that part is largest."""
 _LEAST: Final = 0.1
 """The least share of a model's operations for which products with the weights of a format are measured."""
 _ROWS, _INPUTS, _OUTPUTS, _SCAN_ROWS = 128, 1024, 1024, 32

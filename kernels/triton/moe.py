@@ -109,8 +109,8 @@ def group_by_expert(ids: Tensor, experts: int) -> Groups:
 def tile_rows(choices: int, experts: int) -> int:
     """Returns the number of rows for which the tiles are chosen, if tokens have made `choices` choices of experts.
 
-    It is half as many again as an expert has on average. An expert with more rows than a tile takes two tiles, which
-    compute each number of the weight twice.
+    It is one and a half times the average number of rows of an expert. An expert with more rows than a tile has takes
+    two tiles, and both convert all numbers of the weight.
     """
     return cdiv(3 * choices, 2 * experts)
 

@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Body = Mapping[str, Any]
-Expected = Mapping[str, Any]  # paths such as "choices.0.text", each with a value or with a test of the value
+# Maps a path in a JSON value, such as "choices.0.text", to the expected value or to a function that checks the value.
+Expected = Mapping[str, Any]
 
 HELLO = (" hello the world",)
 _MISSING = object()
-DIFFERS = object()  # the value at the path differs from that of the request without the row's field
+DIFFERS = object()  # expects another value than that of the same request without the row's field
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A field as the OpenAPI document names it, without positions in lists, such as `messages.tool_calls.id`.
+    """A field of a request, and what it changes. The field has the name that the OpenAPI document gives it, without
+    positions in lists, such as `messages.tool_calls.id`.
 
-    The request has the fields of the endpoint's own example, of `base` and of `body`. What `engine`, `reply`, `prompt`
-    and `headers` expect must hold for it, and must not hold for the same request without `body`. The paths of `engine`
-    begin at the list of the engine's requests, those of `reply` at the reply. `prompt` is a text of the prompt. `says`
-    is what the model writes.
+    The request has the fields of the endpoint's own example, of `base` and of `body`. All that `engine`, `reply`,
+    `prompt` and `headers` expect must be true for this request, and must not be true for the same request without
+    `body`. The paths of `engine` begin at the list of the engine's requests, those of `reply` at the reply. `prompt` is
+    a text that the prompt contains. `says` has the replies that the model writes.
     """
 
     field: str
@@ -43,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Inert:
-    """A field that is accepted without any effect on the engine's request and on the reply."""
+    """A field that is accepted and changes neither the engine's request nor the reply."""
 
     field: str
     body: Body
@@ -67,12 +69,12 @@ class Refused:
 
 
 def params(**values: Any) -> dict[str, Any]:
-    """Expects sampling parameters in the engine's first request."""
+    """Returns the expectation that the engine's first request has these sampling parameters."""
     return {f"0.params.{name}": value for name, value in values.items()}
 
 
 def some(value: object) -> bool:
-    """Whether there is something at the path."""
+    """Returns whether there is a value that is not empty."""
     return value is not _MISSING and bool(value)
 
 
@@ -93,7 +95,8 @@ def at(path: str, value: Any) -> Any:
 
 
 def met(path: str, expected: Any, value: Any, other: Any) -> bool:
-    """Whether the item at a path is as expected. `other` is the value for the request without the row's field."""
+    """Returns whether the item at a path of `value` is as expected. `other` is the corresponding value for the request
+    without the row's field."""
     found = at(path, value)
     if expected is DIFFERS:
         return found != at(path, other)

@@ -23,7 +23,7 @@ TEMPLATE = (Path(__file__).parent / "template.jinja").read_text(encoding="utf-8"
 
 @dataclass
 class Served:
-    """An application, and what its engine says and was asked for. All requests without a seed get the same one."""
+    """An application with a fake engine. All requests without a seed get the same seed."""
 
     engine: FakeEngine
     tokenizer: Tokenizer

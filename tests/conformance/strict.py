@@ -15,8 +15,8 @@ EXTRA_FIELDS = frozenset(
         "store",
         "session",
         "jamba_cache",
-        "name",  # of a function, in the event at the end of its arguments; earlier versions of the client require it
-        "bytes",  # of tokens, in the log-probabilities of a response's events
+        "name",  # a function's name in the event at the end of its arguments; earlier versions of the client require it
+        "bytes",  # the bytes of a token in the log-probabilities of a response's events
         "stop_reason",
         "reasoning",
         "reasoning_content",
@@ -37,7 +37,8 @@ _adapter = cache(TypeAdapter[Any])  # making an adapter of OpenAI's events takes
 
 
 def check(kind: Any, text: str | bytes) -> None:
-    """Validates JSON text against a client's type, strictly. Fields that the type lacks must be EXTRA_FIELDS."""
+    """Checks that JSON text is valid for a client's type, without conversions. Fields that the type lacks must be in
+    EXTRA_FIELDS."""
     unknown = set(_unknown(_adapter(kind).validate_json(text, strict=True))) - EXTRA_FIELDS
     assert not unknown, f"{unknown} in {text!r}"
 

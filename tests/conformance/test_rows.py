@@ -45,13 +45,14 @@ async def test_a_field_changes_what_it_should(table: Table, row: Row, served: di
         streamed = await _observed(api, model, row.says, body, stream=True)
         assert api.same(streamed.reply) == api.same(found.reply)
         assert streamed.engine == found.engine
-    if api.count_path and row.unstreamed and row.field != "session":  # a session has gone on meanwhile
+    # The first request has changed the session, so a later count of its tokens would differ.
+    if api.count_path and row.unstreamed and row.field != "session":
         await _check_count(table, api, body, found.engine[0]["prompt"])
 
 
 async def _check_count(table: Table, api: Api, body: Body, prompt: list[int]) -> None:
-    """The endpoint that counts the tokens of a prompt, or shows them, takes the same request and tells what the engine
-    gets."""
+    """Checks that the endpoint which counts or shows the tokens of a prompt takes the same request, and reports the
+    tokens that the engine got."""
     counted = await api.http.post(api.count_path, json=table.for_count(body))
     assert counted.status_code == 200, counted.text
     reply = counted.json()
@@ -61,7 +62,8 @@ async def _check_count(table: Table, api: Api, body: Body, prompt: list[int]) ->
 
 @dataclass(frozen=True)
 class _Observed:
-    """What a request has caused. The prompt is that of the engine's first request."""
+    """The engine's requests, the reply and its headers for one HTTP request. `prompt` is the text of the prompt of the
+    engine's first request."""
 
     engine: list[dict[str, Any]]
     reply: dict[str, Any]
@@ -77,7 +79,7 @@ async def _observed(api: Api, model: Served, says: tuple[str, ...], body: Body, 
 
 
 def _engine_requests(model: Served) -> list[dict[str, Any]]:
-    """The engine's requests, without their ids."""
+    """Returns the engine's requests, without their ids."""
     requests: list[dict[str, Any]] = msgspec.json.decode(msgspec.json.encode(model.engine.requests))
     return [
         {key: value for key, value in request.items() if key not in ("id", "parent", "group")} for request in requests

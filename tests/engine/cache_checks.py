@@ -1,4 +1,5 @@
-"""What a simulated engine checks about reading, writing, pinning and waiting, recomputed from the tokens alone."""
+"""Checks of a simulated engine: what requests read from the cache, write to it and pin, and for what they wait. The
+checks compute everything again, from the tokens alone."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from jamba_server.engine.sequence import Sequence
 
 
 def prefix_keys(salt: str, tokens: Iterable[int], block_size: int) -> Iterator[bytes]:
-    """The keys of all prefixes of a text."""
+    """Yields the keys of all prefixes of a text, the shortest prefix first."""
     root, block = sha256(salt.encode()).digest(), list[int]()
     for token in tokens:
         block.append(token)
@@ -24,7 +25,8 @@ def prefix_keys(salt: str, tokens: Iterable[int], block_size: int) -> Iterator[b
 
 
 class CacheChecks:
-    """Watches the pools and the waiting of one scheduler. `take_pins` must be called after each step."""
+    """Watches the pools of one scheduler's cache, and for what its sequences wait. `take_pins` must be called after
+    each step."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler, self.cache = scheduler, scheduler.cache
@@ -84,7 +86,8 @@ class CacheChecks:
         joining.must_wait = watched
 
     def pays(self, seq: Sequence, other: Sequence) -> bool:
-        """Whether `other` computes tokens that `seq` has too, and will publish them."""
+        """Returns whether it pays for `seq` to wait for `other`: `other` runs, writes to the cache, and has yet to
+        compute tokens that both have."""
         ours, theirs = list(seq.tokens[:-1]), list(other.tokens[: other.num_prompt])
         pairs = zip(ours, theirs, strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
@@ -100,7 +103,7 @@ class CacheChecks:
         )
 
     def take_pins(self) -> list[str]:
-        """The names of pins that begin now."""
+        """Returns the names of the pins that begin now."""
         names = [name for name, _ in self.cache.pins.take_new()]
         self.num_pins += len(names)
         for name in names:
@@ -110,7 +113,7 @@ class CacheChecks:
         return names
 
     def end(self, seq: Sequence, tokens: list[int], num_pinned: int | None) -> None:
-        """A request has ended: what it asked to be pinned is there and protected."""
+        """Must be called when a request ends. Checks that the prefix which it asked to pin is pinned."""
         if not num_pinned:
             return
         keys = list(prefix_keys(seq.request.cache_salt, tokens[:num_pinned], self.cache.block_size))
@@ -126,7 +129,8 @@ class CacheChecks:
             del self.held[name]
 
     def finish(self, texts: dict[Sequence, list[int]]) -> None:
-        """Once nothing runs: only what requests were allowed to write can be found."""
+        """Must be called when nothing runs. Checks that only the pages and states can be found that requests were
+        allowed to write."""
         size = self.cache.block_size
         allowed = {
             key
@@ -140,10 +144,10 @@ class CacheChecks:
 
 
 def keys_of(pool: BlockPool) -> dict[int, bytes]:
-    """The keys of all blocks that can be found."""
+    """Returns the keys of all blocks that can be found, by the ids of the blocks."""
     return vars(pool)["_keys"]
 
 
 def cached(pool: BlockPool) -> set[bytes]:
-    """The keys of free blocks."""
+    """Returns the keys of the blocks that no sequence uses."""
     return {key for i, key in keys_of(pool).items() if pool.refs[i] == 0}

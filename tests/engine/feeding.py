@@ -17,7 +17,7 @@ from jamba_server.engine.models import Model
 from jamba_server.kernels.ops import Segments, StateSaves
 
 BLOCK_SIZE = 4
-GARBAGE = 7.0  # what pages and slots hold before anyone owns them
+GARBAGE = 7.0  # the number that fills all pages and slots before a sequence writes to them
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Fed:
 
 @dataclass
 class Feed:
-    """The next tokens of a sequence. `saves`: (tokens of this feed done, slot that gets the state there) pairs."""
+    """The next tokens of a sequence. `saves` has pairs (n, slot): the state after the first n of these tokens is saved
+    in this slot."""
 
     to: Fed
     ids: Sequence[int]
@@ -65,7 +66,7 @@ class Feeder:
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed]) -> list[Tensor]:
-        """One forward pass; the logits [tokens, V] of each feed."""
+        """Runs one forward pass and returns the logits [tokens, V] of each feed."""
         ordered = sorted(feeds, key=lambda feed: not feed.is_decode)
         batch = self._batch(ordered)
         logits = self.model.logits(self.model.forward(batch, self.storage))

@@ -1,5 +1,6 @@
-"""A further kind of `StateStore`: states that are evicted from the slots go to host memory, and come back when a
-sequence goes on from them. The cache manager and the scheduler are as they are."""
+"""A third kind of `StateStore`, which shows that a new store needs no change of the cache manager and the scheduler.
+
+States that are evicted from the slots go to host memory. They come back when a sequence continues from them."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ from jamba_server.kernels.ops import Kernels
 
 
 class HostStates(SlotStates):
-    """Places below `first` are slots; those from there on are in host memory."""
+    """Places below `first` are slots. All other places are in host memory."""
 
     def __init__(self, num_slots: int, num_host: int) -> None:
         super().__init__(num_slots)
         self.first, self.host = num_slots, BlockPool(num_host)
         self._demotions: Pairs = []
-        self._on_their_way = Unconfirmed()  # to host memory
+        self._on_their_way = Unconfirmed()  # the keys of states that the next step copies to host memory
 
     @property
     def capacity(self) -> int:
@@ -61,7 +62,8 @@ class HostStates(SlotStates):
         return room
 
     def _demote(self) -> None:
-        """What was just evicted from a slot is copied before the next step, which writes to the slot."""
+        """Plans copies to host memory for the states that were just evicted from their slots. The copies run before the
+        next step, which writes to these slots."""
         for slot, key in self.slots.evicted:
             if self.host.lookup(key) is None and (units := self.host.allocate(1)) is not None:
                 self._on_their_way.add(key, by_next=True)
@@ -91,7 +93,7 @@ class HostStates(SlotStates):
 
 
 class HostCopies(SlotCopies):
-    """The bytes: numpy arrays beside the engine's own memory."""
+    """Copies states between the slots and numpy arrays, which stand for host memory."""
 
     def __init__(self, storage: CacheStorage, kernels: Kernels, store: HostStates) -> None:
         super().__init__(storage, kernels)
@@ -100,7 +102,7 @@ class HostCopies(SlotCopies):
         self.num_saved = self.num_restored = 0
 
     def _bytes(self, slot: int) -> list[NDArray[np.uint8]]:
-        """Of a slot, as they are in memory."""
+        """Returns the bytes of the state in a slot, as views of the slot's tensors."""
         return [tensor[slot].view(-1).view(dtype=torch.uint8).numpy() for tensor in self._tensors]
 
     def save(self, pairs: Sequence[tuple[int, int]]) -> None:

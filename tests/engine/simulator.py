@@ -34,7 +34,7 @@ def fold_all(tokens: list[int]) -> int:
 
 
 class HostMemory(dict[int, int]):
-    """What is at the places of `HostStates`: its own, or in the slots."""
+    """The saved states at the places of the store `HostStates`, some of which are slots."""
 
     def __init__(self, slots: dict[int, int], first: int) -> None:
         self._slots, self._first = slots, first
@@ -44,32 +44,35 @@ class HostMemory(dict[int, int]):
 
 
 def saved_states(store: StateStore, slots: dict[int, int]) -> dict[int, int]:
-    """What is at the places of a store."""
+    """Returns the saved states at the places of a store."""
     if isinstance(store, HostStates):
         return HostMemory(slots, store.first)
     return slots if isinstance(store, SlotStates) else {}
 
 
 class Simulator:
-    """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one, and so do
-    compressed slots. `ahead`: a step is run before the scheduler has seen the tokens of the one before. With several
-    `stages`, so many steps are run before the scheduler sees the tokens of the first of them."""
+    """Runs the steps of a scheduler. In place of keys and values, a page has for each token the hash of all tokens up
+    to it (`fold`). In place of a state, a slot or a compressed state has the hash of all tokens before the next one.
+
+    With `ahead`, a step runs before the scheduler has seen the tokens of the step before it. With several `stages`,
+    this number of steps run before the scheduler sees the tokens of the first of them."""
 
     def __init__(
         self, scheduler: Scheduler, *, ahead: bool = False, second: float = 1.0, model: int = 0, stages: int = 1
     ) -> None:
         self.model = model  # another model has other pages and states for the same text
-        self.scheduler, self.ahead, self.second = scheduler, ahead, second  # what the clock moves by in a step
+        # The clock moves on by `second` seconds in each step.
+        self.scheduler, self.ahead, self.second = scheduler, ahead, second
         self.under_way: deque[tuple[SchedulerOutput, list[ChunkResult]]] = deque()
         self.stages = stages
-        self.chosen: dict[Sequence, list[int]] = {}  # tokens of steps that the scheduler has not seen
+        self.chosen: dict[Sequence, list[int]] = {}  # the sampled tokens that the scheduler has not seen yet
         self.num_ahead = 0
         self.block_size = scheduler.cache.block_size
         self.pages: dict[tuple[int, int], int] = {}
         self.slots: dict[int, int] = {}
         self.saved = saved_states(scheduler.cache.store, self.slots)
-        self.texts: dict[Sequence, list[int]] = {}  # of every sequence that ran, as far as is known
-        self.computed: dict[Sequence, set[int]] = {}  # positions whose hidden states requests for vectors have seen
+        self.texts: dict[Sequence, list[int]] = {}  # the known tokens of every sequence that has run
+        self.computed: dict[Sequence, set[int]] = {}  # the positions that each request for a vector has computed
         self.num_vectors = 0
         self.time = 0.0
         self.num_saves = 0
@@ -83,7 +86,7 @@ class Simulator:
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
         results: list[ChunkResult] = []
-        if output.chunks or output.copies:  # else nothing is launched
+        if output.chunks or output.copies:  # otherwise EngineCore launches no step
             self.num_only_copies += not output.chunks
             self.copy(output.copies)
             results = [self.run(chunk, choose) for chunk in output.chunks]
@@ -97,7 +100,8 @@ class Simulator:
         return updates + (self.take() if len(self.under_way) > most else [])
 
     def fail(self, choose: Callable[[Chunk], int], *, advances: bool) -> None:
-        """A step that has run when it fails, and whatever is under way with it; what it wrote is spoilt."""
+        """Runs a step that fails after it has run, together with all steps under way. All pages and states that the
+        step wrote are overwritten with wrong numbers. With `advances`, the scheduler has recorded the step's launch."""
         if self.scheduler.must_wait():
             self.take()
         output = self.scheduler.schedule(now=self.time)
@@ -120,7 +124,7 @@ class Simulator:
         self.check_integrity()
 
     def take(self) -> list[TokenUpdate]:
-        """The scheduler sees the oldest step under way, if there is one."""
+        """Gives the results of the oldest step under way, if there is one, to the scheduler. Returns the updates."""
         if not self.under_way:
             return []
         output, results = self.under_way.popleft()
@@ -157,7 +161,8 @@ class Simulator:
 
     @staticmethod
     def cost(chunk: Chunk) -> int:
-        """What a chunk takes of the budget: a decoded token is free, forced tokens after it are not."""
+        """Returns how many tokens of the budget a chunk takes. A decoded token takes none, but forced tokens after it
+        do."""
         size = chunk.end - chunk.start
         return size - 1 if size <= 1 + chunk.sequence.num_forced else size
 
@@ -173,7 +178,8 @@ class Simulator:
             self.slots[destination] = self.saved[source]
 
     def finish(self) -> None:
-        """Once nothing runs: the copies that wait for a step; then all is free, and what is findable is right."""
+        """Must be called when nothing runs. Runs the copies that wait for a step. Then checks that all pages and slots
+        are free, and that every saved state that can be found is the right one."""
         cache = self.scheduler.cache
         copies = cache.take_copies()
         self.copy(copies)
@@ -187,7 +193,7 @@ class Simulator:
                     self.num_saved += 1
 
     def check_chains(self) -> None:
-        """The pages that the cache protects are those that its saved states need, and all of these are there."""
+        """Checks that the cache protects exactly the pages that its saved states need, and that it has all of them."""
         cache = self.scheduler.cache
         needed: set[bytes] = set()
         states: set[bytes] = set()
@@ -208,7 +214,7 @@ class Simulator:
             assert cache.pages.lookup(page) is not None, "a state stays although a page that it needs is gone"
 
     def prefixes(self, salt: str, tokens: list[int]) -> Iterator[tuple[bytes, int]]:
-        """Keys of all prefixes, computed anew, and the states after them."""
+        """Yields the key of each prefix, computed anew, and the state after the prefix."""
         root, state = sha256(salt.encode()).digest(), self.before(salt)
         for position, token in enumerate(tokens):
             state, start = fold(state, token), position - position % self.block_size
@@ -218,7 +224,8 @@ class Simulator:
                 root = key
 
     def before(self, salt: str) -> int:
-        """The state before the first token. It depends on the salt, so that a prefix of another one is found."""
+        """Returns the state before the first token. It depends on the cache salt, so a prefix of a request with another
+        salt has other states, and its use is noticed."""
         return 100 * self.model + len(salt)
 
     def run(self, chunk: Chunk, choose: Callable[[Chunk], int]) -> ChunkResult:
@@ -256,7 +263,7 @@ class Simulator:
         return ChunkResult((forced[0] if forced else choose(chunk),))
 
     def check_hidden_states(self, chunk: Chunk) -> None:
-        """The hidden states that a vector needs are not in the cache, so its request must compute all of them."""
+        """Checks that a request for a vector computes all hidden states that the vector needs. The cache has none."""
         seq, length = chunk.sequence, chunk.sequence.num_prompt
         if seq.kind == "generate":
             return
@@ -272,7 +279,7 @@ class Simulator:
             self.num_vectors += 1
 
     def pools(self) -> list[BlockPool]:
-        """All that units can leak from."""
+        """Returns all pools of pages, slots and places."""
         cache = self.scheduler.cache
         return [cache.pages, *(pool for pool in vars(cache.store).values() if isinstance(pool, BlockPool))]
 
@@ -302,7 +309,7 @@ def make_scheduler(
     num_stages: int = 1,
     **sizes: int,
 ) -> Scheduler:
-    """`sizes` are the cache's."""
+    """Returns a scheduler with a cache. `sizes` are further arguments of `CacheManager`."""
     defaults = {"num_pages": 64, "block_size": 4, "interval": 1024}
     if store is None:
         store = CompressedStates(num_slots, num_compressed) if num_compressed else SlotStates(num_slots)
@@ -317,7 +324,7 @@ def make_scheduler(
     )
 
 
-THINKING_END = (6, 7, 8, 7, 9)  # tokens of no prompt
+THINKING_END = (6, 7, 8, 7, 9)  # no prompt has these tokens
 
 
 def random_request(random: Random, number: int, stems: list[list[int]], max_len: int) -> Request:

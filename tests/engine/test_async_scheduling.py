@@ -39,7 +39,7 @@ def result(completion: Completion) -> tuple[Any, ...]:
 
 
 def finish(llm: LLM) -> None:
-    """Takes in the step that may still be under way, of which nobody waits for a token."""
+    """Reads the results of a step that may still be under way although all requests have ended."""
     while llm.core.has_work:
         assert llm.core.step().updates == []
     stats = llm.core.scheduler.stats
@@ -47,7 +47,7 @@ def finish(llm: LLM) -> None:
 
 
 def count_ahead(llm: LLM) -> list[int]:
-    """Of every step from now on, how many rows began without the host knowing their token."""
+    """Returns a list to which each later step appends the number of its rows whose token the host did not know."""
     counts: list[int] = []
     launch = llm.core.model_runner.launch
 

@@ -1,4 +1,4 @@
-"""Which unit goes first."""
+"""Which cached block `BlockPool` evicts first."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_a_token_can_be_chosen_after_each_position(tmp_path: Path) -> None:
 
 
 def bring(result: ChunkResult, **params: object) -> TokenUpdate:
-    """What comes of a request whose first chunk brings `result`."""
+    """Returns the updates of a request whose first chunk has the result `result`."""
     scheduler = make_scheduler()
     asked = SamplingParams(**{"max_tokens": 5, "stop_token_ids": (9,)} | params)  # type: ignore[arg-type]
     scheduler.add([Request(id="a", prompt=[1, 2, 3], params=asked)], now=0.0)

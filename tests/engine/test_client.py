@@ -63,7 +63,7 @@ async def running() -> AsyncIterator[EngineClient]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what happens in the background; the limit only ends a test that fails."""
+    """Waits until a condition holds. Only a test that fails reaches the time limit."""
     async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
@@ -351,7 +351,7 @@ async def test_an_engine_that_hangs_is_killed() -> None:
 
 
 class Still:
-    """An engine process that says nothing."""
+    """An engine process that sends no message."""
 
     num_messages, killed = 0, False
 

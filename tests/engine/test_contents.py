@@ -1,4 +1,5 @@
-"""A configuration that says one thing of the head and files that say another: whose word counts, and who is told."""
+"""Checkpoints whose configuration and weight files contradict each other about the head: which one counts, and the
+warning."""
 
 from __future__ import annotations
 

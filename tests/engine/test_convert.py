@@ -82,7 +82,7 @@ def test_the_package_reads_the_file(source: Path, tmp_path: Path) -> None:
     }
     assert {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}["blk.0.ssm_dt.weight"] == "F16"
     types = reader.fields["tokenizer.ggml.token_type"].contents()
-    # llama.cpp refuses any other type (llama-vocab.cpp)
+    # llama.cpp refuses an array of any other type (llama-vocab.cpp)
     assert reader.fields["tokenizer.ggml.token_type"].types == [GGUFValueType.ARRAY, GGUFValueType.INT32]
     pieces = reader.fields["tokenizer.ggml.tokens"].contents()
     assert pieces[4096:] == [f"[PAD{id}]" for id in range(4096, 4100)]

@@ -63,13 +63,13 @@ def load(folder: Path, form: str, **settings: Any) -> LLM:
 
 
 def result(completion: Completion) -> tuple[list[int], list[tuple[float, Any]]]:
-    """Everything that must be equal."""
+    """Returns all parts of a result that must be equal."""
     return completion.token_ids, [(entry.logprob, entry.top) for entry in completion.logprobs]
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def case(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[Any]]:
-    """A format, and what the subject gets alone."""
+    """A weight format, and the result of the subject when it runs alone."""
     llm = load(folder, request.param)
     alone = [result(llm.generate([SUBJECT], params)[0]) for params in PARAMS]
     assert len(set(alone[0][0])) > 1, "a reply of one token would say little"

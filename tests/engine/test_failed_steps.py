@@ -1,4 +1,4 @@
-"""A step that fails, wherever it does, leaves nothing behind: no page, no slot, and no state that is not right."""
+"""A failed step, wherever it fails, leaves nothing behind: no page, no slot and no wrong state."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def result(completion: Completion) -> tuple[list[int], list[Any]]:
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, error: type[BaseException]) -> None:
-    """That call of the method, counted from now on, does its work and then raises."""
+    """Makes one call of a method, counted from now on, raise an exception after it has done its work."""
     method: Callable[..., Any] = getattr(owner, name)
     calls = 0
 

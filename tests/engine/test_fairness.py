@@ -1,4 +1,5 @@
-"""Nobody waits for a long prompt or behind many choices, nobody starves, and order is the same every time."""
+"""Fairness: no request waits for a long prompt or many choices, none starves, and the order is the same in every
+run."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def step(simulator: Simulator) -> set[str]:
 
 
 def steps_until(simulator: Simulator, name: str) -> int:
-    """Steps until the first token of a request."""
+    """Returns the number of steps until the first token of a request."""
     for number in range(1, 10_000):
         if name in step(simulator):
             return number

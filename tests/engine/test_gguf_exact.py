@@ -65,7 +65,6 @@ def result(completion: Completion) -> tuple[list[int], list[Any]]:
     return completion.token_ids, [(entry.logprob, entry.top) for entry in completion.logprobs]
 
 
-# By default, 4-bit weights have 8-bit activations on processors without AVX-512, and weights of 8 bits nowhere.
 @each_pair({"kind": ("Q4_0", "Q4_K", "Q6_K", "Q8_0"), "activations": ("none", "int8")})
 def test_a_reply_is_the_same_in_every_company(kind: str, activations: str, tmp_path: Path) -> None:
     path = written(tmp_path, kind)

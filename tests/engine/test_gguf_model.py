@@ -41,7 +41,7 @@ def logprobs(completion: Completion) -> list[float]:
 
 
 def largest_difference(path: Path, folder: Path, **settings: Any) -> float:
-    """Of all log-probabilities; tokens must be equal."""
+    """Returns the largest difference of log-probabilities in two results, whose tokens must be equal."""
     ours, theirs = (load(model, **settings).generate(PROMPTS, GREEDY) for model in (path, folder))
     assert [reply.token_ids for reply in ours] == [reply.token_ids for reply in theirs]
     pairs = [(logprobs(a), logprobs(b)) for a, b in zip(ours, theirs, strict=True)]

@@ -95,8 +95,8 @@ def test_text_is_split_and_joined(path: Path) -> None:
 
 
 def llama_cpp(text: str, scores: dict[str, float]) -> list[str]:
-    """How llama.cpp splits a text: of all neighbours that form a piece, those with the highest score are merged, the
-    leftmost first."""
+    """Splits a text as llama.cpp does: of all neighbours that form a piece, those with the highest score are merged,
+    the leftmost first."""
     parts = list(text.replace(" ", "\u2581"))
     while True:
         found = [(-scores[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in scores]

@@ -75,7 +75,7 @@ def llm(folder: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def alone(llm: LLM) -> list[Any]:
-    """What the subject gets alone, with log-probabilities and without."""
+    """The results of the subject when it runs alone, with and without log-probabilities."""
     return [result(llm.generate([SUBJECT], params)[0]) for params in (SCORED, PLAIN)]
 
 
@@ -90,7 +90,7 @@ def text_of(completion: Completion) -> str:
 
 
 def others() -> list[Request]:
-    """What 31 others ask for: other grammars, none, penalties, masks."""
+    """Returns the parameters of 31 other requests: with other grammars, without a grammar, with penalties and masks."""
     kinds: list[dict[str, Any]] = [
         {"grammar": regex("(the |hello |[a-z]{1,3} ){4,30}")},
         {"grammar": ""},
@@ -104,7 +104,7 @@ def others() -> list[Request]:
 
 
 def run(llm: LLM, requests: list[Request]) -> dict[str, list[TokenUpdate]]:
-    """All updates of each request."""
+    """Runs requests and returns all updates of each."""
     updates: dict[str, list[TokenUpdate]] = {request.id: [] for request in requests}
     llm.core.inbox.submit(requests)
     while not all(got and got[-1].finish_reason for got in updates.values()):

@@ -1,5 +1,5 @@
-"""Graphs without a GPU: a double that repeats what it recorded, upon the same buffers, and the CPU's own. `==` the
-eager engine."""
+"""Graphs without a GPU: a stand-in that repeats a recorded function on the same buffers, and the CPU's own graphs. The
+results must equal those of an engine without graphs, bit for bit."""
 
 from __future__ import annotations
 

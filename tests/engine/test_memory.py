@@ -27,7 +27,7 @@ MIB, GIB = 1024**2, 1024**3
 
 
 class FakeMemory:
-    """A GPU of 80 GiB of which others use 2. Steps take what a test says they take."""
+    """A GPU of 80 GiB, of which other processes use 2 GiB. A test says how much memory a step takes."""
 
     total = 80 * GIB
 
@@ -47,7 +47,7 @@ class FakeMemory:
         return self.most
 
     def take(self, count: int) -> None:
-        """For a moment."""
+        """Takes memory and gives it back at once, so that only the peak shows it."""
         self.most = max(self.most, self.now + count)
 
 

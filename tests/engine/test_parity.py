@@ -142,7 +142,7 @@ def run(llm: LLM, prompt: list[int], save_positions: tuple[int, ...]) -> None:
 
 
 def state_at(llm: LLM, prefix: list[int]) -> int:
-    """The slot that holds the state after `prefix`."""
+    """Returns the slot that holds the state after `prefix`."""
 
     cache = llm.core.scheduler.cache
     seq = Sequence.of(Request(id="x", prompt=[*prefix, 3], params=SamplingParams()), arrival=0, now=0.0)

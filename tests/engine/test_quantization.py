@@ -42,17 +42,17 @@ Array = np.ndarray[Any, Any]
 
 
 def groups_of(values: Array, size: int) -> list[Array]:
-    """[..., K] in pieces along K, the last one possibly short."""
+    """Splits numbers [..., K] into groups along K. The last group may be shorter."""
     return [values[..., start : start + size] for start in range(0, values.shape[-1], size)]
 
 
 def random_weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Of heavy tails, as trained weights have them."""
+    """Returns random weights with heavy tails, as trained weights have them."""
     return torch.from_numpy(np.random.default_rng(seed).standard_t(5, shape)).to(dtype)
 
 
 def exact(weight: QuantizedWeight) -> Array:
-    """float64 of what it stands for."""
+    """Returns the float64 numbers that a quantised weight stands for."""
     values, scales = weight.values.double().numpy(), weight.scales.double().numpy()
     return values * np.repeat(scales, weight.group_size, axis=-1)[..., : values.shape[-1]]
 
@@ -72,7 +72,7 @@ def test_int8_is_numpys(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def e4m3(values: Array) -> Array:
-    """Rounded to the nearest number of e4m3, ties to the one with an even last bit."""
+    """Rounds numbers to the nearest number of float8_e4m3fn, ties to the one with an even last bit."""
     bits = np.arange(0x7F)  # of the numbers that are finite and not negative, ascending
     exponents, mantissas = bits >> 3, bits & 7
     known = np.where(exponents > 0, (8 + mantissas) * 2.0 ** (exponents - 10), mantissas * 2.0**-9)
@@ -191,7 +191,7 @@ def test_quantize_mamba_needs_a_format() -> None:
 
 
 class Recorder:
-    """An op that packs as its inner one does, and keeps what it was given."""
+    """An op that packs as its inner op does, and records the weights that it was given."""
 
     def __init__(self, inner: Any, packed: list[Raw]) -> None:
         self.inner, self.packed = inner, packed
@@ -223,7 +223,7 @@ def shape_of(weight: Raw) -> tuple[int, ...]:
 
 
 def size_of(weight: Raw) -> float:
-    """Bytes, int4 packed."""
+    """Returns the size of a weight in bytes, if two 4-bit numbers share a byte."""
     if isinstance(weight, Tensor):
         return weight.nbytes
     return weight.values.numel() * weight.bits / 8 + weight.scales.nbytes
@@ -389,7 +389,7 @@ def plain_loss() -> float:
 
 
 def loss(quantization: Quantization | None, **settings: Any) -> float:
-    """Nats a token that the demonstration checkpoint needs for a story that it has not seen."""
+    """Returns the loss in nats per token of the demonstration model on a story that it has not seen."""
     llm = LLM(demo_folder(), quantization=quantization, threads=1, max_num_seqs=1, **settings)
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     [completion] = llm.generate([" ".join(STORY.split())], params)

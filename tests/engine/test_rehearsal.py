@@ -41,15 +41,16 @@ GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 class Gpu:
-    """What Triton asks of a device, and which kernels it compiled for this one. A launch does nothing."""
+    """Takes the place of Triton's driver and compiler. It records the kernels that are compiled and launched, and runs
+    none of them."""
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
         self.launched: list[str] = []
         self.may_compile = threading.Event()
         self.may_compile.set()
-        self.free = threading.Semaphore(0)  # as many are compiled whether or not they may
-        self.broken = ""  # a kernel that does not compile
+        self.free = threading.Semaphore(0)  # this number of kernels is compiled even if `may_compile` is not set
+        self.broken = ""  # the name of a kernel whose compilation fails
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -57,7 +58,7 @@ class Gpu:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> Any:
-        return id(self)  # no other test has compiled for it
+        return id(self)  # Triton has no compiled kernels of other tests for this device number
 
     def get_current_stream(self, device: Any) -> int:
         return 0
@@ -87,7 +88,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 @pytest.fixture
 def slow_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """Nothing is compiled there until the work has been called off: without that, all that waits for it times out."""
+    """A GPU for which nothing is compiled until `Compilers.call_off` was called. If it is not called, all waits for
+    kernels time out."""
     gpu.may_compile.clear()
     call_off = Compilers.call_off
 
@@ -104,7 +106,8 @@ def triton_kernels(batch_invariant: bool | None = None) -> Kernels:
 
 
 def token_0(chosen: Kernels) -> Kernels:
-    """These kernels, which do nothing, with a token that there is."""
+    """Returns these kernels, which compute nothing, with an op `sample` that always returns the token 0. Otherwise the
+    token ids would be arbitrary numbers."""
 
     def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
         return chosen.sample(logits, inputs).zero_()

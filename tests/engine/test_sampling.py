@@ -107,7 +107,7 @@ def test_keys_stay_what_they_are() -> None:
 
 
 def adjusted(x: NDArray[np.float64], row: SamplingRow) -> NDArray[np.float64]:
-    """One token at a time, as the documentation of each parameter words it."""
+    """Returns adjusted logits, computed token by token from the definitions of the parameters."""
     x, params = x.copy(), row.params
     generated = Counter(row.tokens[row.num_prompt :])
     for token, bias in params.logit_bias.items():
@@ -296,7 +296,7 @@ def test_logprobs_come_to_those_who_ask() -> None:
 
 
 def stream(params: SamplingParams, *, choice: int = 0, num_prompt: int = 3, steps: int = 60) -> list[int]:
-    """A reply from a model that gives the same flat logits at every position."""
+    """Returns a reply of a model that gives the same flat logits at every position."""
     logits, sampler, tokens = random_logits(1, seed=6) * 0.2, make_sampler(), [1] * num_prompt
     for _ in range(steps):
         row = SamplingRow(params=params, tokens=tokens, num_prompt=num_prompt, choice=choice)

@@ -43,7 +43,8 @@ def scores(completion: Completion) -> list[float]:
 
 
 def rounded(states: Tensor) -> Tensor:
-    """Each number to the nearest of 255 multiples of its channel's largest magnitude / 127. [..., S]."""
+    """Returns states [..., S] rounded as int8 does: each number to a multiple of its channel's largest magnitude /
+    127."""
     largest = states.abs().amax(-1, keepdim=True)
     steps = torch.full_like(largest, 127) / largest
     return torch.where(largest > 0, (states * steps).round() * (largest * (1 / 127)), 0)

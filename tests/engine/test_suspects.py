@@ -22,9 +22,10 @@ def live(name: str) -> LiveRequest:
 
 
 class World:
-    """`killers` die at their own step of that number in an engine process; `prefill` is how many steps a request takes
-    before its first token; `kill` says whether the process is killed from outside before a step. With `guarded`, it is
-    not the killers that make the process die: another process kills it because of them."""
+    """A simulated engine process with requests. `killers` maps the name of a request that kills the process to the
+    number of its step at which it does so. `prefill` maps a request to the number of steps before its first token.
+    `kill` says whether another process kills the engine before a step. With `guarded`, the killers do not end the
+    process themselves: another process kills it because of them."""
 
     def __init__(
         self,

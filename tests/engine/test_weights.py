@@ -74,7 +74,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
 
 
 def shard(folder: Path, parts: Iterable[Iterable[str]]) -> None:
-    """Splits the single file by tensor names, with an index."""
+    """Splits the single file into several, by the names of the tensors, and writes an index."""
     tensors, weight_map = tensors_of(folder), dict[str, str]()
     for number, names in enumerate(parts, start=1):
         file_name = f"model-{number:05}-of-00002.safetensors"
@@ -85,7 +85,7 @@ def shard(folder: Path, parts: Iterable[Iterable[str]]) -> None:
 
 
 def fuse(tensors: Tensors) -> None:
-    """The layout that transformers 5 has in memory."""
+    """Stores the experts of each layer in two tensors, as transformers 5 has them in memory."""
     for layer in (1, 3):
         p = f"model.layers.{layer}.feed_forward.experts."
         gate, up, down = (
@@ -171,7 +171,7 @@ class Transposed(NamedTuple):
 
 
 class CopyingLinear:
-    """A linear kernel with a layout of its own, transposed. Watches how many raw weights there are while it packs."""
+    """A linear kernel that packs weights by transposing them. It counts how many raw weights exist while it packs."""
 
     def __init__(self) -> None:
         self.raw: list[weakref.ref[Tensor]] = []
@@ -235,7 +235,7 @@ def test_a_layer_is_packed_before_the_next_but_one_is_read(folder: Path, monkeyp
         return read
 
     class Watched:
-        """An op that notes what passes."""
+        """An op that records the weights that it packs."""
 
         def __init__(self, inner: Any) -> None:
             self.inner = inner

@@ -20,7 +20,8 @@ from tests.kernels.on_device import OnDevice
 from tests.kernels.oracle import Array
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EXACT_DTYPES = (torch.bfloat16,) if interpreted() else (torch.float32, torch.bfloat16)  # it takes its time
+# The interpreter is slow, so the tests of exactness run with one dtype there.
+EXACT_DTYPES = (torch.bfloat16,) if interpreted() else (torch.float32, torch.bfloat16)
 
 LEVELS = compiled_levels(platform.machine())  # the levels that the compiled library of this machine has
 ALL_LEVELS = (*LEVELS, EMULATED, NEON_EMULATED)
@@ -30,9 +31,12 @@ HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 
 def each_implementation(*ops: str, but: str = "") -> pytest.MarkDecorator:
-    """Runs a test with every implementation of the table that has all of `ops` on a CPU, as arguments of these names,
-    and triton's on a GPU where there is one; with TRITON_INTERPRET=1 triton's alone, interpreted. One that cannot load
-    here is shown as skipped, with the reason. The one named `but` does not promise what is tested."""
+    """Returns a mark that runs a test once with each implementation that has all of `ops`. The test gets the ops as
+    arguments with the same names.
+
+    These are the implementations for a CPU, and Triton's on a GPU if there is one. With TRITON_INTERPRET=1 these are
+    Triton's only, in the interpreter. An implementation that cannot load on this machine is skipped, with the reason.
+    The implementation named `but` is left out, because it does not promise what the test checks."""
     by_op = [{entry.name: entry for entry in _entries(op)} for op in ops]
     names = [name for name in by_op[0] if name != but and all(name in entries for entries in by_op)]
     return pytest.mark.parametrize(ops, [_param(name, [entries[name] for entries in by_op]) for name in names])
@@ -71,7 +75,8 @@ FLOAT32_ERRORS = 4 if torch.cuda.is_available() else 1
 
 
 def assert_close(actual: Tensor, expected: Array, *, roundings: int = 1, atol: float = 1e-5) -> None:
-    """Within `roundings` roundings to actual's dtype and the error of its float32 sums."""
+    """Checks that `actual` differs from `expected` by at most `roundings` roundings to its dtype and the error of its
+    float32 sums."""
     rtol = 1e-5 + roundings * HALF_ULP[actual.dtype]
     if actual.dtype == torch.float32:
         rtol, atol = rtol * FLOAT32_ERRORS, atol * FLOAT32_ERRORS
@@ -79,7 +84,7 @@ def assert_close(actual: Tensor, expected: Array, *, roundings: int = 1, atol: f
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """The same bits; NaN equals NaN."""
+    """Checks that two tensors have the same bits. NaN counts as equal to NaN."""
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -90,7 +95,8 @@ def segments(
     has_state: Sequence[bool],
     saves: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> Segments:
-    """`saves` has for each sequence (tokens done, slot) pairs, ascending."""
+    """Returns the segments of a batch. `saves` has, for each sequence, pairs (number of tokens before the save, slot)
+    in ascending order."""
     starts = [0, *accumulate(lengths)]
     saves = saves or [()] * len(lengths)
     rows = [start + done - 1 for start, pairs in zip(starts, saves, strict=False) for done, _ in pairs]
@@ -108,7 +114,8 @@ def segments(
 
 
 def layer_storage(slots: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    """[slots, *shape], one layer's view of a storage of three layers, all NaN: what nobody wrote nobody may use."""
+    """Returns one layer's view [slots, *shape] of a storage of three layers. All its numbers are NaN, so that a result
+    shows if an op reads what was never written."""
     return torch.full((slots, 3, *shape), torch.nan, dtype=dtype)[:, 1]
 
 

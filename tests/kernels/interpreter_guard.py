@@ -1,15 +1,19 @@
-"""What compute-sanitizer does on a GPU, in triton's interpreter: every access of every kernel that runs under `guard`.
+"""Checks every memory access of the Triton kernels that run under `guard`, in triton's interpreter. It looks for the
+mistakes that compute-sanitizer finds on a GPU.
 
-A launch fails where a lane that is not masked off
-* reads or writes outside the elements of the very argument that its pointer was made from: pointers carry the number
-  of their argument in the bits above an address, which arithmetic leaves alone;
-* reads what another program of the launch writes, or writes what another one reads, or another value than it;
-* reads what another lane of its program wrote, or the other way round, without a barrier between;
-* or where an integer of 32 bits overflows, or the grid is larger than CUDA allows (an empty one is no launch at all).
+A launch of a kernel fails in these cases:
+* A lane that is not masked off reads or writes outside the elements of the argument that its pointer was made from. A
+  pointer carries the number of its argument in the bits above the address, which pointer arithmetic does not change.
+* A program reads what another program of the launch writes, or two programs write different values to one address.
+* A lane reads what another lane of the same program has written, or the other way round, without a barrier in between.
+* An integer of 32 bits overflows.
+* The grid is larger than CUDA allows, or empty.
 
-Programs run in a random order. What a masked load leaves open is NaN or a huge number, and so is memory that torch
-allocates empty: kernels that use it give wrong results. Lanes are elements of a tile: that two of them are one thread
-the interpreter cannot know, and that the same element of equal tiles is one thread is an assumption.
+Programs run in a random order. Elements that a masked load does not define are NaN or a huge number, and so is memory
+that torch allocates without contents. Kernels that use them give wrong results, which the tests notice.
+
+A lane is an element of a tile. The interpreter does not know which lanes belong to one thread. The guard assumes that
+the same element of two tiles of equal shape belongs to the same thread.
 """
 
 from __future__ import annotations
@@ -33,20 +37,21 @@ Order = Literal["forward", "reverse", "random"]
 Grid = tuple[int, int, int]
 Ints = NDArray[np.int64]
 
-TAG_BITS = 48  # addresses of a process are below
+TAG_BITS = 48  # addresses of a process have at most this number of bits
 ADDRESS = np.uint64((1 << TAG_BITS) - 1)
 NOBODY, MANY = -1, -2
 GRID_LIMITS: Grid = 2**31 - 1, 65535, 65535  # CUDA's
 
 
 class MemoryFault(Exception):
-    """What a kernel must not do; the message says which one, where, and with which argument."""
+    """A kernel has made one of the mistakes that the guard looks for. The message names the kernel, the place and the
+    argument."""
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A tensor as a kernel was given it: its elements are those that it may touch. `dims`: (size, stride), strides
-    descending, neighbours merged where they are one run."""
+    """A tensor that was passed to a kernel, which may access the elements of this tensor only. `dims` has (size,
+    stride) for each dimension, the largest stride first. Dimensions that together are one contiguous run are merged."""
 
     name: str
     start: int
@@ -68,7 +73,7 @@ class Argument:
         return cls(name, tensor.data_ptr(), tensor.element_size(), tuple(dims), tensor.untyped_storage().data_ptr())
 
     def outside(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of the addresses are not those of an element."""
+        """Returns a mask of the addresses that are not the address of an element."""
         offsets = addresses.astype(np.int64) - self.start
         rest, odd = np.divmod(offsets, self.item_bytes)
         found = (odd != 0) | (rest < 0)
@@ -78,7 +83,8 @@ class Argument:
         return found | (rest != 0)
 
     def contains(self, lowest: int, highest: int) -> bool:
-        """Quickly, of one run and aligned addresses; False if it is not known."""
+        """Returns True if the tensor is contiguous and has all elements from the address `lowest` to `highest`, which
+        must be aligned. This check is fast. False means that only the slower method `outside` can tell."""
         if len(self.dims) > 1 or (self.dims and self.dims[0][1] != 1):
             return False
         size = self.dims[0][0] if self.dims else 1
@@ -89,7 +95,8 @@ class Argument:
 
 
 class Access(NamedTuple):
-    """Of one operation of a program: pointers and mask of its lanes, and what it wrote."""
+    """A load or store of a program: the pointers and the mask of its lanes, and the written values (None for a load).
+    `barriers` is the number of barriers that the program had passed before."""
 
     program: int
     barriers: int
@@ -106,7 +113,7 @@ class Access(NamedTuple):
 
 @dataclass
 class Launch:
-    """One launch of a kernel: what its programs touched."""
+    """One launch of a kernel, with all accesses of its programs to memory, by the storage of the tensor."""
 
     kernel: str
     grid: Grid
@@ -125,12 +132,13 @@ class Launch:
         return x, y, z
 
     def pointer(self, name: str, tensor: Tensor) -> int:
-        """What the kernel gets for a tensor."""
+        """Returns the pointer that the kernel gets for a tensor, with the number of the argument in its upper bits."""
         self.arguments.append(Argument.of(name, tensor))
         return tensor.data_ptr() | len(self.arguments) << TAG_BITS
 
     def touch(self, pointers: NDArray[np.uint64], mask: NDArray[np.bool_], written: NDArray[Any] | None) -> None:
-        """Before it happens: that it may, and for `check`."""
+        """Must be called before an access: raises MemoryFault if the access is not allowed, and records it for the
+        method `check`."""
         some = pointers[mask]
         if not some.size:
             return
@@ -157,7 +165,8 @@ class Launch:
         return self.arguments[(pointer >> TAG_BITS) - 1].describe(pointer & int(ADDRESS))
 
     def check(self) -> None:
-        """That its programs, and the lanes of one, may run in any order between barriers."""
+        """Raises MemoryFault if the result depends on the order in which programs, or the lanes of a program between
+        two barriers, run."""
         for accesses in self.accesses.values():
             writes = [access for access in accesses if access.written is not None]
             if writes:
@@ -165,11 +174,12 @@ class Launch:
 
 
 class Replay:
-    """The accesses to memory that was written, in the order in which they happened."""
+    """Follows all accesses to those addresses that the launch writes, in the order in which they happened."""
 
     def __init__(self, launch: Launch, addresses: NDArray[np.uint64]) -> None:
         self._launch, self._addresses = launch, addresses
-        # of every address: who wrote and who read it last, after how many barriers, and in which lane of which tile
+        # For every address: the program that wrote it last and the one that read it last, the number of barriers before
+        # that, and a number for the lane and the shape of the tile (`_positions`).
         self._writer, self._reader = (np.full(len(addresses), NOBODY) for _ in range(2))
         self._written_at, self._read_at = (np.zeros(len(addresses), np.int64) for _ in range(2))
         self._write_lane, self._read_lane = (np.zeros(len(addresses), np.int64) for _ in range(2))
@@ -192,7 +202,7 @@ class Replay:
         foreign = (writer != NOBODY) & (writer != access.program)
         self._refuse(foreign, access, lanes, "reads what another program writes")
         own = writer == access.program
-        # an element of a tile that is smaller than its program is read by several threads, and written by one
+        # If a tile has fewer elements than the program has threads, several threads read an element and one writes it.
         replicated = access.pointers.size < self._launch.threads
         now = own & (self._written_at[places] == access.barriers)
         raced = now & ((self._write_lane[places] != positions) | replicated)
@@ -228,7 +238,7 @@ class Replay:
 
     @staticmethod
     def _positions(access: Access, lanes: Ints) -> Ints:
-        """A number for each lane and shape of tile; axes of length 1 do not count."""
+        """Returns a number for each lane that depends on the shape of the tile, too. Axes of length 1 do not count."""
         shape = tuple(size for size in access.pointers.shape if size != 1)
         return lanes + (hash(shape) & 0x7FFFFFFF) * (1 << 31)
 
@@ -245,7 +255,7 @@ class Replay:
 
 
 class Guard:
-    """Takes the place of the interpreter's launch and of its accesses to memory."""
+    """Replaces the functions of the interpreter that launch kernels and access memory."""
 
     def __init__(self, order: Order, seed: int, corner: int | None, whole: Collection[str]) -> None:
         self._order, self._random, self._corner, self._whole = order, Random(seed), corner, whole
@@ -258,12 +268,12 @@ class Guard:
         return self._launch
 
     def run(self, executor: Any, *args: Any, **kwargs: Any) -> None:
-        """A launch, upon the tensors themselves: the interpreter would copy them."""
+        """Launches a kernel on the tensors themselves. The interpreter's own function would copy the tensors."""
         import triton.language as tl
         from triton.runtime import interpreter
 
         signature = inspect.signature(executor.fn)
-        options = set(kwargs) - set(signature.parameters)  # of the launch, such as num_warps
+        options = set(kwargs) - set(signature.parameters)  # the options of the launch, such as num_warps
         bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in options})
         x, y, z = (*executor.grid, 1, 1)[:3]
         launch = self._launch = Launch(executor.fn.__name__, (x, y, z), threads=32 * kwargs.get("num_warps", 4))
@@ -273,7 +283,7 @@ class Guard:
             for name, value in bound.arguments.items()
         }
         builder: Any = interpreter.interpreter_builder
-        # of the kernel, and of the functions of `tl` that are made of others
+        # The functions whose global `tl` must be replaced: the kernel, and those functions of `tl` that call others.
         functions: tuple[Any, ...] = (executor.fn, tl.sum.fn)
         scopes = [interpreter._patch_lang(function) for function in functions]  # pyright: ignore[reportPrivateUsage]
         try:
@@ -313,7 +323,8 @@ class Guard:
         dtype = interpreter._get_np_dtype(element)  # pyright: ignore[reportPrivateUsage]
         self.launch.touch(ptrs.data, lanes_of(mask), None)
         if other is None:
-            # of a scalar it may have been given: triton drops one that is zero
+            # Triton drops the argument `other` of a scalar load if it is zero, so zero may have been given for a
+            # scalar.
             otherwise = np.full(ptrs.data.shape, poison(element, dtype) if ptrs.data.size > 1 else 0, dtype)
         else:
             otherwise = other.data
@@ -340,15 +351,15 @@ def lanes_of(mask: Any) -> NDArray[np.bool_]:
 
 
 def poison(element: Any, dtype: np.dtype[Any]) -> Any:
-    """A value of a triton type that shows in every result: NaN or the largest number."""
+    """Returns a value of a triton type that makes a result wrong wherever it is used: NaN, or the largest integer."""
     if element.is_floating():
-        bits: Any = np.array(-1).astype(f"i{dtype.itemsize}")  # all ones are NaN in every format
+        bits: Any = np.array(-1).astype(f"i{dtype.itemsize}")  # a number whose bits are all 1 is NaN in every format
         return bits.view(dtype)
     return True if dtype == np.bool_ else np.iinfo(dtype).max
 
 
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call of one jit function by another: the launch has put the interpreter's `tl` in place already."""
+    """Calls a jit function from another one. The launch has put the interpreter's `tl` in place already."""
     return function.rewrite()(*args, **kwargs)
 
 
@@ -356,9 +367,10 @@ def call(function: Any, *args: Any, **kwargs: Any) -> Any:
 def guard(
     order: Order = "random", seed: int = 0, corner: int | None = None, whole: Collection[str] = ()
 ) -> Generator[Guard]:
-    """Kernels that are launched inside run guarded, in triton's interpreter; with a `corner` only so many of the last
-    programs on every axis of a grid, except of the kernels `whole`, and memory that is allocated empty stays so,
-    however large."""
+    """Context manager: kernels that are launched in the block run under the guard, in triton's interpreter.
+
+    With a `corner`, only that number of programs at the end of each axis of the grid run, except for the kernels named
+    in `whole`. Memory that torch allocates without contents is then not filled, because it may be huge."""
     from triton.runtime import interpreter
 
     guarded, builder = Guard(order, seed, corner, whole), interpreter.InterpreterBuilder
@@ -377,7 +389,8 @@ def guard(
         mock.patch.object(interpreter.InterpretedFunction, "__call__", call),
         mock.patch.object(interpreter.interpreter_builder, "options", options),
     ):
-        # what fills empty memory: torch.utils.deterministic.fill_uninitialized_memory
+        # With deterministic algorithms, torch fills memory that it allocates without contents
+        # (torch.utils.deterministic.fill_uninitialized_memory).
         torch.use_deterministic_algorithms(corner is None)
         try:
             yield guarded
@@ -386,5 +399,5 @@ def guard(
 
 
 def _bound(method: Any) -> Any:
-    """A function that a class can have as a method."""
+    """Returns a function that has the same arguments and becomes a method when it is an attribute of a class."""
     return lambda *args, **kwargs: method(*args, **kwargs)

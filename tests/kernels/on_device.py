@@ -1,4 +1,5 @@
-"""Runs an op of another device on a test's CPU tensors: what it writes in place is there too when the call returns."""
+"""Runs an op on another device with a test's CPU tensors. When the call returns, the CPU tensors also have what the op
+has written in place."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
 
 class OnDevice:
-    """An op whose arguments go to `device` and come back. Views keep their strides and share memory there as here, so
-    that a kernel sees the layout that the test made, and a write beside it is found."""
+    """An op whose arguments are copied to `device` and back. Views keep their strides, and views that share memory on
+    the CPU share memory on the device. So a kernel sees the layout that the test made, and the test notices if a kernel
+    writes next to a view."""
 
     def __init__(self, op: Any, device: torch.device) -> None:
         self._op, self._device = op, device
@@ -44,7 +46,7 @@ class OnDevice:
         return self._run(self._op, *args, **kwargs)
 
     def _run(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        # by address and type: the memory behind some views here, and its copy there
+        # Maps the address and the dtype of the memory behind some views to this memory and to its copy on the device.
         memories: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
         def move(value: Any) -> Any:

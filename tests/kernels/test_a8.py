@@ -85,7 +85,7 @@ def test_the_reference_is_exact_for_inputs_that_are_whole_numbers() -> None:
 
 @cache
 def level_cases(format: str, group_size: int) -> list[tuple[Tensor, QuantizedWeight, Tensor, Tensor]]:
-    """x (slices of wider rows), weights, biases and what the reference makes of them. All levels share the cases."""
+    """Inputs (slices of wider rows), weights, biases and the reference's products, which all levels share."""
     cases: list[tuple[Tensor, QuantizedWeight, Tensor, Tensor]] = []
     for number, (outputs, inputs) in enumerate(SHAPES):
         dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]

@@ -35,7 +35,7 @@ def flush(x: float) -> float:
 
 
 def rounded(exact: Fraction) -> float:
-    """The nearest float32, by way of a double that is off by less than half a unit only in one of 2^29 cases."""
+    """Rounds a fraction to the nearest float32, by way of a double, which differs in at most one of 2^29 cases."""
     return flush(float(np.float32(float(exact))))
 
 

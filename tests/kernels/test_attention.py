@@ -55,8 +55,8 @@ def keys_and_values(context: int, kv_heads: int, size: int, dtype: torch.dtype, 
 
 
 def rounds_weights(attention: AttentionPrefill | AttentionDecode, dtype: torch.dtype) -> bool:
-    """Whether the softmax's weights are multiplied in dtype, as transformers' product does: on tensor cores, and with
-    AMX."""
+    """Returns whether an implementation rounds the softmax weights to dtype before it multiplies them by the values, as
+    transformers does. Implementations for tensor cores and for AMX do."""
     module = getattr(attention, "__module__", "")
     tiles = "kernels.cpu" in module and dtype == torch.bfloat16 and library().level() in ("amx", EMULATED)
     return tiles or "triton" in module

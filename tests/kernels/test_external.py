@@ -30,7 +30,7 @@ without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch se
 
 
 class Fake:
-    """A function with these parameters, as its source has them, that computes from its arguments by name."""
+    """A stand-in for a package's function, with the same parameters. It computes its result from its arguments."""
 
     def __init__(self, parameters: str | Signature, compute: Callable[[Any], Tensor]) -> None:
         known = isinstance(parameters, Signature)
@@ -45,8 +45,8 @@ class Fake:
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=[pytest.mark.cuda, without_gpu])])
 def install(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Loads an adapter to function `name` of `module`: to this fake of it, or on a GPU to the real one if it is
-    installed."""
+    """Returns a function that loads an adapter to the function `name` of the package `module`. The adapter calls a
+    stand-in for this function or, on a GPU where the package is installed, the real one."""
 
     def load(adapter: Callable[[], Any], module: str, name: str, fake: Fake) -> Any:
         if request.param == "real":

@@ -76,7 +76,7 @@ def weight_of(name: str, *shape: int, seed: int = 0) -> QuantizedWeight:
 
 
 def parts_of(weight: QuantizedWeight) -> tuple[Array, Array, Array]:
-    """Returns, in float64, the elements of a weight [N, K], and the magnitudes of what is added and subtracted."""
+    """Returns, in float64, the elements of a weight [N, K], and the magnitudes of the terms of each element."""
     inputs = weight.values.shape[-1]
 
     def spread(numbers: Tensor, size: int) -> Array:

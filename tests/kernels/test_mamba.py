@@ -23,7 +23,7 @@ NAMES = ("triton",) if interpreted() else ("cpu", "reference", *(["triton"] if t
 
 
 def kernels_for(name: str) -> tuple[Kernels, torch.device]:
-    """Those of one name, and where they run."""
+    """Returns the kernels with one name, and the device on which they run."""
     try:
         if name == "triton":
             return select("cuda", {"all": "triton"}), CPU if interpreted() else torch.device("cuda")
@@ -33,7 +33,7 @@ def kernels_for(name: str) -> tuple[Kernels, torch.device]:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Tensors to `device`, those of a tuple, too; views of a storage as views of its copy."""
+    """Copies tensors, or those of a tuple, to `device`. A view of a storage becomes a view of the storage's copy."""
     if isinstance(value, tuple):
         moved = [move(item, device) for item in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
@@ -41,7 +41,7 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def pack(kernels: Kernels, weights: MambaWeights) -> MambaWeights:
-    """With the products' weights packed."""
+    """Returns a layer's weights in packed form."""
     products = (weights.x_proj, weights.dt_proj)
     x_proj, dt_proj = map(kernels.linear.pack, products)
     return weights._replace(x_proj=x_proj, dt_proj=dt_proj)
@@ -74,7 +74,7 @@ def make_states(channels: int, states: int, slots: list[int], dtype: torch.dtype
 
 
 def by_prefill(kernels: Kernels, xz: Tensor, w: MambaWeights, conv: Tensor, ssm: Tensor, rows: Segments) -> Tensor:
-    """The parts one after the other, those that take several tokens."""
+    """Computes the parts of a layer one after the other, with the ops that take several tokens."""
     x, z = xz.chunk(2, dim=1)
     u = kernels.causal_conv1d(x, w.conv_weight, w.conv_bias, conv, rows)
     dt, b, c = kernels.linear(u, w.x_proj).split([len(w.dt_norm), len(w.b_norm), len(w.c_norm)], dim=1)

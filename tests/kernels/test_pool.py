@@ -73,7 +73,7 @@ def test_threads_take_pieces_of_their_own_node_first(driver: Path) -> None:
 
 @pytest.fixture
 def native() -> Iterator[Library]:
-    """The library, whose threads and nodes are set back after the test."""
+    """The compiled library. Its threads and nodes are reset after the test."""
     try:
         found = library()
     except KernelUnavailable as error:

@@ -29,14 +29,14 @@ SLOTS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrence:
-    """One op and its one-token twin over the tokens of two sequences, numbered 0 to 2 * TOKENS."""
+    """An op and its variant for one token, over the tokens of two sequences with the numbers 0 to 2 * TOKENS."""
 
     prefill: Callable[[Tensor, Tensor, Segments], Tensor]  # (token numbers, state, segments)
     update: Callable[[Tensor, Tensor, Tensor], Tensor]  # (token numbers, state, state_ids)
     new_state: Callable[[], Tensor]
 
     def chunk(self, state: Tensor, slot: int, start: int, end: int, saves: Sequence[tuple[int, int]] = ()) -> Tensor:
-        """Tokens [start, end) of the first sequence, alone."""
+        """Computes the tokens [start, end) of the first sequence alone."""
         return self.prefill(torch.arange(start, end), state, segments([end - start], [slot], [start > 0], [saves]))
 
 

@@ -38,7 +38,7 @@ def make_inputs(
 
 
 def mixed_inputs(num_rows: int, seed: int) -> SampleInputs:
-    """Greedy and noisy rows with every combination of filters, in no order."""
+    """Returns greedy and noisy rows with every combination of filters, in a random order."""
     rng = np.random.default_rng(seed)
     return SampleInputs(
         temperature=torch.from_numpy(rng.choice([0.0, 0.3, 1.0, 2.0], num_rows).astype(np.float32)),
@@ -50,7 +50,8 @@ def mixed_inputs(num_rows: int, seed: int) -> SampleInputs:
 
 
 def allowed_tokens(logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
-    """The tokens that the filters leave, best first: written from the definitions, over sorted probabilities."""
+    """Returns the tokens that the filters leave, best first, computed from the definitions over sorted
+    probabilities."""
     order = np.lexsort((np.arange(len(logits)), -logits))
     p = np.exp((logits - logits.max()) / temperature)
     kept = list(order[:top_k] if top_k else order)

@@ -138,7 +138,7 @@ def test_a_program_of_decode_may_compute_several_splits(
 
 
 def some_weight(*shape: int, format: str, dtype: torch.dtype, seed: int) -> Tensor | QuantizedWeight:
-    """Random, and quantised unless `format` is empty."""
+    """Returns a random weight, which is quantised unless `format` is empty."""
     if not format:
         return random(*shape, dtype=dtype, seed=seed)
     return quantized(*shape, format=format, group_size=dict(FORMATS)[format], seed=seed)

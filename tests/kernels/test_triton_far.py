@@ -26,12 +26,12 @@ from tests.kernels.test_mamba import pack as pack_mamba_weights
 if not interpreted():
     pytest.skip("it is for triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
-NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: any size, whatever the memory
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which allows mappings that are larger than the memory
 BEYOND = 2**31
 DTYPE = torch.bfloat16
-STATES, SLOT_STRIDE = 16, 26 * 5120 * 16  # the 3B models' state
+STATES, SLOT_STRIDE = 16, 26 * 5120 * 16  # SSM state entries per channel, and numbers of a 3B model's state
 SLOTS = BEYOND // SLOT_STRIDE + 8
-ROW_STRIDE = 32768  # in_proj's output of Mini's successors
+ROW_STRIDE = 32768  # the width of in_proj's output in models larger than Mini
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def ops() -> Kernels:
 
 @pytest.fixture(autouse=True)
 def corner(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Programs at the far end only, and what they allocate is virtual too."""
+    """Runs only the last 16 programs of each axis of a grid. Memory that ops allocate is virtual, too."""
     monkeypatch.setattr(Tensor, "new_empty", lambda x, *shape, dtype=None: virtual(*shape, dtype=dtype or x.dtype))
     monkeypatch.setattr(torch, "empty_like", lambda x, **_: virtual(*x.shape, dtype=x.dtype))
     with guard(corner=16):
@@ -49,7 +49,7 @@ def corner(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def virtual(*shape: Any, dtype: torch.dtype = DTYPE) -> Tensor:
-    """Zeros that take no memory."""
+    """Returns a tensor of zeros, which takes memory only where it is written."""
     shape = tuple(shape[0]) if isinstance(shape[0], tuple) else shape
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
@@ -59,7 +59,8 @@ def virtual(*shape: Any, dtype: torch.dtype = DTYPE) -> Tensor:
 
 
 def far_rows(rows: int, columns: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """[rows, columns], wide rows of which the last `count` hold numbers; and these alone."""
+    """Returns a tensor [rows, columns] with a wide stride, whose last `count` rows have random numbers, and a copy of
+    these rows."""
     x = virtual(rows, max(columns, ROW_STRIDE))[:, :columns]
     assert (rows - count) * x.stride(0) > BEYOND
     x[-count:] = random(count, columns, dtype=DTYPE, seed=seed)

@@ -1,7 +1,7 @@
 """The guard of triton's interpreter finds what it is for, in kernels that do it; and the kernels of the table give the
 same bits in whatever order their programs run."""
 
-# What the compiler knows of a kernel, the type checker does not; its constants are capitals.
+# The type checker cannot infer the types inside kernels. Compile-time constants have capital letters.
 # ruff: noqa: N803
 # pyright: reportAttributeAccessIssue=false
 
@@ -50,7 +50,7 @@ def put_number(out: tl.tensor, DIVISOR: tl.constexpr) -> None:
 
 @jit
 def shift(x: tl.tensor, PER_PROGRAM: tl.constexpr) -> None:
-    """Each number to the place before it."""
+    """Copies each number to the place before it."""
     i = tl.program_id(0) * PER_PROGRAM + 1 + tl.arange(0, PER_PROGRAM)
     found = tl.load(x + i)
     tl.debug_barrier()

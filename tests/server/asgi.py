@@ -10,7 +10,7 @@ from typing import Any, Self
 from fastapi import FastAPI
 from starlette.types import Message
 
-TIMEOUT_SECONDS = 10.0  # only a test that fails ever waits for it
+TIMEOUT_SECONDS = 10.0  # the time limit of a wait; only a test that fails waits that long
 
 
 class Exchange:

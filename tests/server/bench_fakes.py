@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Where the loop would wait for its next timer, its time jumps there."""
+    """Makes the clock of an event loop jump to its next timer, where the loop would wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,8 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Times that are sums of binary fractions are exact."""
+    """An event loop whose time passes only when it has nothing else to do. Times that are sums of binary fractions,
+    such as 0.125 s, are exact."""
 
     def __init__(self) -> None:
         self._jumping = _JumpingSelector()
@@ -49,8 +50,9 @@ def run_virtual(main: Callable[[Callable[[], float]], Coroutine[Any, Any, T]]) -
 class FakeServer:
     """Answers with `max_tokens` tokens: the first after `prefill` seconds, the others every `step` seconds.
 
-    `limit` bounds the tokens of a reply, `cached` is reported for every prompt, `refuse` gives the HTTP status that
-    a request (by number, from 0) is refused with, `break_after` ends a stream without [DONE] after so many tokens.
+    `limit` is the largest number of tokens of a reply, and `cached` is reported for every prompt. `refuse` maps the
+    number of a request, from 0, to the HTTP status with which it is refused. `break_after` is the number of tokens
+    after which a stream ends without [DONE].
     """
 
     def __init__(self, *, prefill: float = 0.5, step: float = 0.125) -> None:

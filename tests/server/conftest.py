@@ -49,24 +49,25 @@ def ids(tokenizer: Tokenizer) -> Ids:
 
 @pytest.fixture
 def engine(ids: Ids) -> FakeEngine:
-    """Says `HELLO` unless a test writes another script."""
+    """An engine that generates the text HELLO, unless a test gives it another script."""
     return FakeEngine(says(ids(HELLO)))
 
 
 @dataclass
 class Bench:
-    """An application and what it stands on."""
+    """An application and its engine."""
 
     app: FastAPI
     engine: FakeEngine
 
     def http(self, **kwargs: Any) -> httpx.AsyncClient:
-        """Without a socket. The reply is complete before the caller sees any of it."""
+        """Returns a client that calls the application without a socket. A reply is complete before the caller sees any
+        of it."""
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://server", **kwargs)
 
     @asynccontextmanager
     async def served(self) -> AsyncGenerator[str]:
-        """Behind uvicorn on a free port of the loopback interface; the address."""
+        """Serves the application with uvicorn on a free port of the loopback interface. Yields the address."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
             config = uvicorn.Config(self.app, http="h11", log_config=None, timeout_graceful_shutdown=5)
             server = uvicorn.Server(config)

@@ -20,7 +20,7 @@ SECONDS = 10.0  # only a test that fails ever waits for it
 
 @asynccontextmanager
 async def edge_server(bench: Bench, **settings: Any) -> AsyncGenerator[tuple[HttpServer, int]]:
-    """The server and its port. `settings` are arguments of `HttpServer`."""
+    """Runs a server, and yields it with its port. `settings` are arguments of `HttpServer`."""
     services = bench.app.state.services
     config: ServerConfig = services.config
     defaults: dict[str, Any] = {"max_connections": 100, "header_timeout": config.header_timeout}
@@ -102,7 +102,8 @@ class FakeTransport:
 
 
 class FakeConnection:
-    """A `Connection` of an application, with a fake loop and transport. Its client sends by `sends`."""
+    """A `Connection` of an application, with a fake loop and transport. The method `sends` sends data to it, as its
+    client would."""
 
     def __init__(self, bench: Bench, *, refused: bool = False, crowded: bool = False) -> None:
         config = http_config(bench.app.state.services.config, bench.app)
@@ -119,7 +120,7 @@ class FakeConnection:
         self.num_lost += 1
 
     async def sends(self, data: bytes) -> None:
-        """The data arrives, and what it starts runs to its end."""
+        """Gives data to the connection, and waits until the tasks that this starts have ended."""
         self.protocol.data_received(data)
         tasks = list(self._state.tasks)
         if tasks:

@@ -56,12 +56,13 @@ Script = Callable[[Request], Iterable[Event]]
 
 
 def score(token_id: int, top: int) -> TokenLogprob:
-    """A log-probability that depends on the token alone; the `top` are the ids from 1800 on, best first."""
+    """Returns a log-probability that depends on the token alone. The `top` most likely tokens have the ids from 1800
+    on."""
     return TokenLogprob(token_id, -(1 + token_id % 7) / 4, tuple((1800 + i, -(1 + i) / 8) for i in range(top)))
 
 
 def updates_of(request: Request, token_ids: list[int], finish: FinishReason, stop_id: int | None) -> Iterator[Event]:
-    """One update a token, after the prompt's log-probabilities in slices of three."""
+    """Yields the log-probabilities of the prompt, three in an update, and then one update for each token."""
     params = request.params
     scores = [
         None if i == 0 else score(t, params.prompt_logprobs or 0)
@@ -96,7 +97,8 @@ def updates_of(request: Request, token_ids: list[int], finish: FinishReason, sto
 
 
 def says(*replies: list[int]) -> Script:
-    """Choice i says reply i (the last one for all further), then EOS; max_tokens cuts it."""
+    """Returns the script of an engine that generates reply i, and then EOS, for choice i. Choices beyond the last reply
+    get the last reply. A reply with more than max_tokens tokens is cut."""
 
     def script(request: Request) -> Iterator[Event]:
         token_ids = [*replies[min(request.index, len(replies) - 1)], EOS]
@@ -109,7 +111,8 @@ def says(*replies: list[int]) -> Script:
 
 
 def vectors(request: Request) -> Iterator[Event]:
-    """Numbers that depend on the prompt: of the size of a hidden state, of one label, or of the targets."""
+    """Yields a vector whose numbers depend on the prompt: as many as a hidden state has, one for a classifier, or one
+    for each target."""
     number = (sum(request.prompt) % 97 + 1) / 13
     size = {"embed": HIDDEN_SIZE, "classify": 1}.get(request.kind, sum(map(len, request.targets)))
     numbers = array("f", [-number / (i + 1) for i in range(size)])
@@ -117,7 +120,7 @@ def vectors(request: Request) -> Iterator[Event]:
 
 
 class FakeStream:
-    """Updates of the requests in turn, one each."""
+    """The updates of several requests, which take turns: one update of each."""
 
     def __init__(self, engine: FakeEngine, requests: list[Request]) -> None:
         self._engine = engine
@@ -150,7 +153,7 @@ class FakeStream:
 
 
 class FakeEngine:
-    """Implements `process.client.Engine`. With `limit`, it stalls after so many updates until `resume` is set."""
+    """Implements `process.client.Engine`. It stalls after `limit` updates until `resume` is set."""
 
     def __init__(self, script: Script, *, limit: float = math.inf) -> None:
         self.script = script
@@ -166,9 +169,9 @@ class FakeEngine:
         self.num_updates = 0
         self.stalled = asyncio.Event()
         self.resume = asyncio.Event()
-        self.left = asyncio.Event()  # a `generate` was left
-        self.num_waiting = 0  # for the first start
-        self.waits = asyncio.Event()  # somebody has waited for it
+        self.left = asyncio.Event()  # set when a block of `generate` has ended
+        self.num_waiting = 0  # the number of calls of `first_start` that have not returned
+        self.waits = asyncio.Event()  # set when `first_start` has been called
         self._started = asyncio.Event()
 
     @property
@@ -180,11 +183,11 @@ class FakeEngine:
         return INFO
 
     def load(self, phase: str, fraction: float) -> None:
-        """From now on it loads for the first time, until `start`."""
+        """Makes the engine load for the first time, until `start` is called."""
         self.health = Health(alive=True, ready=False, reason="the engine is loading", loading=Progress(phase, fraction))
 
     def start(self, health: Health | None = None) -> None:
-        """It is ready, or `health`."""
+        """Ends the first start. The engine is ready then, or has the given `health`."""
         self.health = health or Health(alive=True, ready=True)
         self._started.set()
 

@@ -17,11 +17,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What it has and how it behaves. Like the real hub it names files that end in .safetensors or .gguf by their
-    SHA-256 checksums; a file in `damaged` comes with other bytes than those of its checksum. `gated` refuses all files,
-    but not their list. `sizes` has false sizes of files. `stalls` names a file of which only the first half comes until
-    `go_on` is set, `cuts` one after whose first half the connection is closed, once. `strange` is the answer to
-    everything."""
+    """The files of the hub, and how it behaves. Like the real hub, it sends the SHA-256 checksum of files that end in
+    .safetensors or .gguf.
+
+    A file in `damaged` has other bytes than those of its checksum. With `gated`, all files are refused, but not their
+    list. `sizes` has false sizes of files. Of the file `stalls`, only the first half comes until `go_on` is set. After
+    the first half of the file `cuts`, the connection is closed, once. If `strange` is given, it is the answer to every
+    request."""
 
     files: Mapping[str, bytes]
     stalls: str | None = None

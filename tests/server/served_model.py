@@ -67,7 +67,7 @@ class Model:
     tokenizer: Tokenizer
 
     def tokens(self, text: str) -> list[int]:
-        """The tags of the text are special tokens if the vocabulary has them as such."""
+        """Returns the token ids of a text. A tag of tool calls becomes a special token if the vocabulary has one."""
         special = self.tokenizer.special_tokens
         pieces = re.split("(</?tool_calls>)", text)
         nested = [
@@ -93,7 +93,7 @@ class Model:
             return await http.post(CHAT, json={"messages": QUESTION, **fields})
 
     async def message(self, **fields: Any) -> dict[str, Any]:
-        """The message of a reply. The streamed reply must have the same message and the same end."""
+        """Returns the message of a reply. Checks that the streamed reply has the same message and finish reason."""
         reply = await self.post(**fields)
         assert reply.status_code == 200, reply.text
         [choice] = reply.json()["choices"]

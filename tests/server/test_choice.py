@@ -26,7 +26,7 @@ def make(tokenizer: Tokenizer, options: TextOptions, *, prompt: list[int], min_t
 
 
 def cut(prompt: list[int], tokens: list[int], borders: list[int], *, echo: bool) -> list[TokenUpdate]:
-    """The prompt's scores and the tokens, in one row cut at `borders`; EOS ends it."""
+    """Returns the updates of a reply: the prompt's scores, the tokens and EOS in one row, which is cut at `borders`."""
     num_prompt = len(prompt) if echo else 0
     row = [*prompt[:num_prompt], *tokens]
     updates: list[TokenUpdate] = []

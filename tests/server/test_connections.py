@@ -29,7 +29,7 @@ KEEP_ALIVE = 75
 
 
 def reply_of(written: bytes) -> tuple[int, dict[str, str], bytes]:
-    """The last reply in `written`: its status, its headers and its body."""
+    """Returns the status, the headers and the body of the last reply in `written`."""
     head, _, body = written[written.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

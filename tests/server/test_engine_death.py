@@ -71,7 +71,7 @@ Reply = dict[int, tuple[str, list[tuple[str, float]], str | None]]
 
 
 async def read(client: AsyncOpenAI, request: dict[str, Any], opened: asyncio.Event) -> Reply:
-    """Per choice: text, (token, log-probability) in order, finish reason."""
+    """Returns, for each choice, its text, its tokens with their log-probabilities, and its finish reason."""
     texts: dict[int, str] = {}
     scores: dict[int, list[tuple[str, float]]] = {}
     finish: dict[int, str | None] = {}

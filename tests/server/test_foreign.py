@@ -30,7 +30,7 @@ PLAIN = "Serve the original checkpoint with plain weights instead; to reduce its
 
 
 def files(*names: str, **texts: str) -> Callable[[Path], Path]:
-    """Makes a folder with these files, and names it."""
+    """Makes a folder with these files, and returns its path."""
 
     def make(folder: Path) -> Path:
         for name in names:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def check(file: Path) -> tuple[int, str]:
-    """Status and words of the command that the image runs."""
+    """Runs the health check of the image, and returns its exit status and output."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     [words] = re.findall(r"HEALTHCHECK [^\n]*\\\n +CMD (\[.*\])", dockerfile)
     _, *arguments = json.loads(words)

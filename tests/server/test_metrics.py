@@ -45,7 +45,7 @@ async def scrape(bench: Bench) -> str:
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
-    """By name and the values of the labels beside model_name, in the order of the labels' names."""
+    """Returns the samples by their names and the values of all labels but model_name, sorted by the labels' names."""
     return {
         (sample.name, *(value for label, value in sorted(sample.labels.items()) if label != "model_name")): sample.value
         for family in text_string_to_metric_families(text)

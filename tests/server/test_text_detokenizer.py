@@ -27,7 +27,7 @@ def streamed(detokenizer: Detokenizer, pieces: list[list[int]]) -> list[str]:
 
 
 def cuts(ids: list[int]) -> list[list[list[int]]]:
-    """Every way to cut `ids` into pieces."""
+    """Yields every way to cut `ids` into pieces."""
     ways: list[list[list[int]]] = []
     for marks in itertools.product((False, True), repeat=len(ids) - 1):
         pieces = [[ids[0]]]

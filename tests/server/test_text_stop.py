@@ -11,7 +11,7 @@ from jamba_server.server.text.stop import StopStrings
 
 
 def feed(stops: tuple[str, ...], pieces: list[str], *, include: bool = False) -> tuple[str, str | None]:
-    """All that was emitted, and the stop string."""
+    """Returns the text that the filter has returned, and the stop string."""
     matcher = StopStrings(stops, include=include)
     emitted = ""
     for piece in pieces:
@@ -28,7 +28,8 @@ def text_of(parts: list[Part]) -> str:
 
 
 def expected(stops: tuple[str, ...], text: str, *, include: bool) -> tuple[str, str | None]:
-    """By definition: the shortest beginning of the text that ends with a stop string, the longest such string."""
+    """Returns what the definition says: the shortest beginning of the text that ends with a stop string, and the
+    longest such string."""
     for end in range(1, len(text) + 1):
         matches = [stop for stop in stops if text[:end].endswith(stop)]
         if matches:

@@ -1,4 +1,4 @@
-"""The counting model: true probabilities, and by hand for a text small enough."""
+"""The n-gram model: its probabilities add up to 1, and those of a tiny text are the ones computed by hand."""
 
 from __future__ import annotations
 

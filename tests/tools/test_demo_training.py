@@ -47,7 +47,7 @@ def distance(left: Tensor, right: Tensor) -> float:
 
 
 def agree(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Values and all gradients, for random gradients of the result."""
+    """Checks that two functions have equal values and, for random gradients of the result, equal gradients."""
     ours, theirs = kernel(*inputs), reference(*(tensor.float() for tensor in inputs))
     assert distance(ours, theirs) < ROUNDING
     weight = torch.randn_like(theirs).bfloat16().float()
@@ -59,7 +59,7 @@ def agree(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], input
 
 
 def scan(u: Tensor, dt: Tensor, z: Tensor, b: Tensor, c: Tensor, a: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
-    """The recurrence, a token at a time."""
+    """Computes the recurrence, one token at a time."""
     step = F.softplus(dt + bias)
     state, outputs = torch.zeros(BATCH, WIDTH, 16), list[Tensor]()
     for t in range(TIME):

@@ -24,8 +24,9 @@ from jamba_server.engine.types import TierStats
 
 logger = logging.getLogger(__name__)
 
-# How often a sequence waits for a restore before it is computed whatever the tiers have: what was restored may be
-# evicted before the sequence runs, and a file may turn out to be unusable.
+# The largest number of restores for one sequence. After that the sequence is computed, whatever the tiers have. Without
+# this limit it might wait for ever, because a restored prefix may be evicted before the sequence runs, or a file may
+# turn out to be unusable.
 MAX_RESTORES: Final = 3
 
 
@@ -135,7 +136,7 @@ class TieredCache(CacheManager):
         hashes = self.page_keys(seq, limit // self.block_size)
         return self.tiers.find(seq.tokens[:limit], hashes, self._root(seq), confirmed=confirmed)
 
-    # Getting it back --------------------------------------------------------------------------------------------
+    # Bringing prefixes back to the device -----------------------------------------------------------------------
 
     def expect(self, seq: Text) -> int:
         """Returns how many tokens of a new sequence will be found in the cache. If they are on the disk, they are read
@@ -149,8 +150,9 @@ class TieredCache(CacheManager):
         return lineage[-1].end
 
     def seek(self, seq: Text) -> bool:
-        """Brings the longest prefix of a sequence that is about to start to the device, if a tier has a longer one than
-        the device. Returns whether the sequence must wait, because segments have to be read from the disk first."""
+        """Called when a sequence is about to start. If a tier has a longer prefix of the sequence than the device,
+        brings this prefix to the device. Returns whether the sequence must wait, because segments have to be read from
+        the disk first."""
         if seq.restoring or not self.tiers.index:
             return seq.restoring
         hit = self.match(seq).num_tokens
@@ -166,8 +168,8 @@ class TieredCache(CacheManager):
         return False
 
     def _better(self, seq: Text, hit: int) -> list[Entry] | None:
-        """Returns the chain of segments to restore for `seq`, whose first `hit` tokens the device has, or None if the
-        tiers have hardly more."""
+        """Returns the chain of segments to restore for `seq`, whose first `hit` tokens the device has. Returns None if
+        the chain would bring less than a page of further tokens, or if `seq` has had MAX_RESTORES restores."""
         if not self.enabled or seq.num_reusable <= 0 or seq.num_restores >= MAX_RESTORES:
             return None
         lineage = self._in_tiers(seq, seq.num_reusable, confirmed=True)
@@ -252,11 +254,12 @@ class TieredCache(CacheManager):
         held = {i: page for i, key in enumerate(keys) if (page := self.pages.lookup(key)) is not None}
         there, missing = list(held.values()), [i for i in range(len(keys)) if i not in held]
         sources = self._sources(segments, missing)
-        # Copies that a step of this moment still has to run must not overwrite what is restored now.
+        # The next step runs copies that were planned earlier. The prefix is written now, before these copies, so it
+        # must not be written to their destinations.
         taken = {destination for _, destination in self._page_copies}
         if sources is None or len(missing) > self.pages.num_free - sum(self.pages.refs[page] == 0 for page in there):
             return None
-        self.pages.retain(there)  # so that the new pages do not take their place
+        self.pages.retain(there)  # so that the next call does not evict these pages to get free ones
         fresh = self.pages.allocate(len(missing))
         assert fresh is not None, "the free pages were counted above"
         room = None if self.store.find(target.key) is not None else self.store.reserve(target.key)

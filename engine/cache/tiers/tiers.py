@@ -40,7 +40,7 @@ STAGING_BYTES = 1 << 30
 
 @dataclass(slots=True)
 class Counts:
-    """What a tier has been good for: hits, and the tokens, bytes and seconds of their restores."""
+    """How often a tier was used: the number of hits, and the tokens, bytes and seconds of the restores."""
 
     hits: int = 0
     tokens: int = 0

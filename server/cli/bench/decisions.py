@@ -39,7 +39,7 @@ class Decisions(msgspec.Struct, frozen=True, kw_only=True, tag="decisions"):
     def __post_init__(self) -> None:
         if self.questions < 1:
             raise ConfigError(f"--questions {self.questions} must be at least 1.")
-        Random(input_len=self.input_len, range_ratio=self.range_ratio)  # checks these two
+        Random(input_len=self.input_len, range_ratio=self.range_ratio)  # raises ConfigError for invalid values
 
     def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
         lengths = Random(input_len=self.input_len, range_ratio=self.range_ratio)

@@ -16,7 +16,7 @@ from jamba_server.server.cli.checkpoint import refuse_local
 from jamba_server.server.cli.gguf_choice import NoSuchFile, choose, split_name
 from jamba_server.server.cli.models.cached import gguf_files, model_repositories, scan
 
-MIN_HASH = 6  # a revision may be named by at least so many characters of its commit's hash
+MIN_HASH = 6  # the smallest number of characters of a commit's hash that may name a revision
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def read_contents(path: Path, urls: Collection[str], *, max_bytes: int, max_line
         for place, text in places(file, max_bytes):
             if not text:
                 num_blank += 1
-                if num_blank > max_lines:  # a file of nothing else would take minutes, in which other batches wait
+                if num_blank > max_lines:  # reading only blank lines may take minutes, in which other batches wait
                     found.problem = ("too_many_blank_lines", f"The file has more than {max_lines} blank lines.")
                     break
                 continue

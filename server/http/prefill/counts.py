@@ -11,15 +11,16 @@ from prometheus_client.registry import Collector
 
 from jamba_server.server.http.prefill.in_flight import BytesInFlight
 
-# How a hand-over ended. After all results but the first two, this server computes what has not come of the prompt.
+# How a hand-over ended. If it was not "received" or "found", this server computes the prompt itself, after the segments
+# that have come.
 Result = Literal[
     "received",  # the segments came over HTTP
     "found",  # the segments were in a folder that both servers use
     "unreachable",  # no connection could be made, or it broke
     "refused",  # the prefill server has refused the request
     "other_model",  # the prefill server has another model, version or processor
-    "damaged",  # what came is not what was sent
-    "timeout",  # it has taken longer than --prefill-timeout
+    "damaged",  # a file or a list is not what the prefill server has sent
+    "timeout",  # the hand-over has taken longer than --prefill-timeout
     "resting",  # all prefill servers have failed a short time ago
     "too_large",  # the segments have more bytes than --prefill-max-bytes
     "not_open",  # the disk tier of this server is not open yet

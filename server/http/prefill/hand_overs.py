@@ -34,7 +34,7 @@ from jamba_server.server.http.prefill.tier import TierFolder
 logger = logging.getLogger(__name__)
 
 MAX_AT_ONCE: Final = 8  # prompts of one request that are handed over at the same time
-THREADS: Final = 2  # that look segments up, and that check them
+THREADS: Final = 2  # the number of threads that look segments up, and of those that check segments
 
 
 @dataclass(slots=True)
@@ -117,11 +117,11 @@ class HandOvers:
     async def _run(self, hand_over: HandOver) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        result: Result = "abandoned"  # if the client leaves
+        result: Result = "abandoned"  # stays so if the client leaves, because this call is then cancelled
         try:
             result = await self._in_time(hand_over)
         finally:
-            # Also after a failure, the segments that have come are a prefix that need not be computed.
+            # The segments that have come before a failure are a prefix that need not be computed, too.
             if hand_over.arrived:
                 self._engine.arrived([StoredSegment(*astuple(entry)) for entry in hand_over.arrived])
             seconds, tokens = loop.time() - began, len(hand_over.keys)

@@ -29,7 +29,7 @@ MAX_REPLY_BYTES: Final = 1 << 22
 FIRST_REST: Final = 1.0
 LONGEST_REST: Final = 60.0
 _MAX_MESSAGE: Final = 300  # characters that the log shows of another server's error message
-# What the request itself is the reason for: another request may succeed at the same server.
+# A reply with one of these statuses is caused by the request, so another request may succeed at the same server.
 _OF_REQUEST: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
 

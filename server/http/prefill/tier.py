@@ -13,7 +13,8 @@ from jamba_server.server.http.session_files.disk import open_folder
 
 
 class TierFolder:
-    """Opens the folder as soon as the engine has, which knows the fingerprint when its weights are hashed."""
+    """Opens the folder after the engine has opened it. The engine opens it when the weights are hashed, because the
+    folder is named after the fingerprint of the model, which depends on this hash."""
 
     def __init__(self, config: ServerConfig, engine: Engine) -> None:
         self._config, self._engine = config, engine

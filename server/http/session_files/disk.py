@@ -44,17 +44,18 @@ def _kept(shape: tuple[int, ...], dtype: str) -> Kept:
 
 
 def found_segments(engine: Engine) -> int:
-    """Returns how many files of others the engine has found."""
+    """Returns how many files the engine has found that it has not written itself."""
     return 0 if engine.stats.tiers is None else engine.stats.tiers.found_segments_total
 
 
 async def until_found(engine: Engine, number: int) -> None:
-    """Waits until the engine has found `number` files, but not for long: the segments are found later then."""
+    """Waits until the engine has found `number` files, for at most PATIENCE_SECONDS seconds. If that is not enough, it
+    finds the files later."""
     await _until(lambda: found_segments(engine) >= number)
 
 
 async def until_written(engine: Engine) -> None:
-    """Waits until the engine has written all segments, but not for long."""
+    """Waits until the engine has written all segments, for at most PATIENCE_SECONDS seconds."""
     await _until(lambda: engine.stats.tiers is None or not engine.stats.tiers.staged_bytes)
 
 

@@ -47,7 +47,7 @@ class Intake:
         self._num_bytes, self._start = 0, asyncio.get_running_loop().time()
 
     async def header(self, share: BodyShare, *, limit: int) -> Contents:
-        """Reads the header of the file, which is counted in `share`."""
+        """Reads the header of the file. Its bytes are counted in `share`."""
         prefix = await self._whole(PREFIX_BYTES)
         length = header_length(prefix, limit=limit)
         share.grow(length)
@@ -57,8 +57,9 @@ class Intake:
     async def segments(
         self, sizes: Sequence[int], arrivals: Arrivals, one_at_a_time: anyio.CapacityLimiter, *, max_tokens: int
     ) -> int | None:
-        """Reads the segments and hands them to `arrivals`, within `one_at_a_time`. Returns how many were not there yet,
-        or None if they could not be written. A segment has at most `max_tokens` tokens."""
+        """Reads the segments and hands them to `arrivals`, one at a time for all requests (`one_at_a_time`). Returns
+        how many of them the folder did not have yet, or None if they could not be written. A segment has at most
+        `max_tokens` tokens."""
         largest = arrivals.folder.layout.num_bytes(0, max_tokens) + LONGEST_HEADER
         end = self._position + sum(sizes)
         for number, size in enumerate(sizes):
@@ -118,7 +119,7 @@ class Intake:
         try:
             async with asyncio.timeout(IDLE_SECONDS):
                 while True:
-                    # An empty chunk that is not the last one says nothing.
+                    # ASGI allows empty chunks before the end of the body. They are skipped.
                     if (chunk := await anext(self._chunks, None)) is None:
                         return b""
                     if chunk:

@@ -172,13 +172,14 @@ class Database:
             return self._links(id_, owner)
 
     def lengths(self, ids: Iterable[str], owner: str) -> dict[str, int]:
-        """Returns of each response how many responses `chain` would return. Marks nothing as used. The time is
+        """Returns, for each response, how many responses `chain` would return. Marks nothing as used. The time is
         proportional to the number of the owner's responses, even if many of `ids` continue one long conversation."""
         previous = dict(self._connection.execute("SELECT id, previous_id FROM responses WHERE owner = ?", (owner,)))
         found: dict[str, int] = {}
         for id_ in ids:
             path, at = dict[str, None](), id_
-            while at in previous and at not in found and at not in path:  # not in the path: no circle is followed twice
+            # The last condition ends the loop if responses refer to each other in a circle.
+            while at in previous and at not in found and at not in path:
                 path[at] = None
                 at = previous[at]
             before = found.get(at, 0)

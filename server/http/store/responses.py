@@ -113,8 +113,8 @@ class ResponseStore:
         return [link.id for link in links]
 
     async def lengths(self, ids: Iterable[str | None], owner: str) -> dict[str | None, int]:
-        """Returns of each response how many responses its conversation has: itself and those before it that are stored.
-        None is no response."""
+        """Returns, for each response, how many stored responses its conversation has up to this response, which counts,
+        too. An id of None, which a session without a response has, gives 0."""
         wanted = [id_ for id_ in ids if id_ is not None]
         return {None: 0} | (await self._run(lambda: self._database.lengths(wanted, owner)) if wanted else {})
 

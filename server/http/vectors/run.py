@@ -84,7 +84,7 @@ class VectorRun:
                 async with enforced(limit):
                     yield
             except BaseException as exc:
-                # A refusal is counted by its status; it ends no work.
+                # A refused request has done no work, so it does not count as aborted. Its status is counted elsewhere.
                 reason = None if isinstance(exc, Overloaded | RequestRejected) else abort_reason(exc)
                 raise
             finally:

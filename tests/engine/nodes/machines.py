@@ -29,7 +29,7 @@ def parsed(folder: Path, flags: Flags) -> ServerConfig:
 
 
 def first_node(folder: Path, flags: Flags, **settings: Any) -> NodesClient:
-    """Node 0, which listens at a free port. `settings` are arguments of `EngineClient`."""
+    """Returns node 0, which listens at a free port. `settings` are arguments of `EngineClient`."""
     config = parsed(folder, (*flags, "--master-addr", HOST, "--master-port", "0"))
     nodes = config.nodes()
     assert nodes is not None
@@ -37,7 +37,7 @@ def first_node(folder: Path, flags: Flags, **settings: Any) -> NodesClient:
 
 
 class Machine:
-    """The agent of a node other than node 0, with its ranks, and what it has logged."""
+    """The process of the agent of a node other than node 0. `log` has the text that it has logged."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process, self.log = process, ""

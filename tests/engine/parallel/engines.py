@@ -80,7 +80,7 @@ def running(config: EngineConfig) -> Generator[EngineCore]:
 
 
 class Reply(msgspec.Struct):
-    """All that a request got: tokens, log-probabilities with alternatives, and how it ended."""
+    """The results of a request: tokens, log-probabilities with alternatives, and the finish reason."""
 
     token_ids: list[int] = msgspec.field(default_factory=list[int])
     logprobs: list[Any] = msgspec.field(default_factory=list[Any])

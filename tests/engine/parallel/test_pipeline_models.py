@@ -124,7 +124,7 @@ def test_a_stage_has_only_its_own_weights(name: str, tmp_path: Path, monkeypatch
 
 
 def counted(real: Any, read: list[int]) -> Any:
-    """A method that notes how many numbers it has read."""
+    """Returns a method that also counts the numbers that it has read."""
 
     def wrapped(self: InFile, *arguments: Any) -> Any:
         result = real(self, *arguments)

@@ -48,7 +48,7 @@ def sizes(random: Random, *, ahead: bool) -> dict[str, Any]:
 
 
 def damage(random: Random, root: Path) -> None:
-    """Somebody changes, cuts or deletes a file."""
+    """Changes, cuts or deletes a random file of the disk tier."""
     files = sorted(root.glob("*/*.safetensors"))
     if not files:
         return
@@ -62,13 +62,13 @@ def damage(random: Random, root: Path) -> None:
             data = data[: random.randrange(len(data))]
         case 2:
             data += b"\0"
-        case 3:  # the file of another segment under this name
+        case 3:  # another segment's contents under this name
             data = bytearray(random.choice(files).read_bytes())
-        case 4:  # the same text of another model
+        case 4:  # the segment of the same text that another model has computed
             if twins := [file for file in files if len([f for f in files if f.name == file.name]) > 1]:
                 path = random.choice(twins)
                 data = bytearray(next(f for f in twins if f.name == path.name and f != path).read_bytes())
-        case 5 | 6:  # in the pages or the state
+        case 5 | 6:  # a wrong bit in the pages or the state
             data[random.randrange(len(data) * 4 // 5, len(data))] ^= 1 << random.randrange(8)
         case _:
             data[random.randrange(len(data))] ^= 1 << random.randrange(8)

@@ -23,7 +23,7 @@ from tests.engine.tiers import shapes
 
 
 class SimulatedMover:
-    """Copies between the dicts of a `Simulator` and segments."""
+    """Copies pages and states between the dicts of a `Simulator` and segments."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -47,7 +47,7 @@ class SimulatedMover:
 
 
 class ManualWorker(Worker):
-    """The disk's threads, without threads: `run` does a piece of their work."""
+    """A disk tier without threads. The method `run` does one piece of the threads' work."""
 
     def __init__(self, folder: SegmentFolder) -> None:
         super().__init__(lambda: folder)
@@ -113,7 +113,8 @@ class Life:
             self.worker.open()
 
     def deliver(self) -> None:
-        """What the engine does at the beginning of a step, after a random part of the disk's work was done."""
+        """Does a random part of the disk's work. Then takes the events, as the engine does at the beginning of a
+        step."""
         if self.worker is None:
             return
         for _ in range(self.random.choice((0, 0, 1, 3, 10))):

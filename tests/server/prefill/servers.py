@@ -41,7 +41,7 @@ class Served:
         return httpx.AsyncClient(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
     async def results(self) -> dict[str, int]:
-        """How many hand-overs have ended how, as /metrics has it."""
+        """Returns the number of hand-overs with each result, as /metrics has it."""
         async with self.http() as http:
             text = (await http.get("/metrics")).text
         return {name: int(float(number)) for name, number in COUNT.findall(text) if float(number)}
@@ -79,7 +79,7 @@ async def start(config: ServerConfig) -> EngineClient:
 
 @asynccontextmanager
 async def served(config: ServerConfig, engine: EngineClient) -> AsyncGenerator[Served]:
-    """`engine` has been started, and is not closed."""
+    """Serves an engine that has been started. The engine is not closed at the end."""
     tokenizer = Tokenizer.from_folder(demo_folder())
     template = ChatTemplate.from_folder(demo_folder(), tokenizer, None)
     app = create_app(config, engine, tokenizer, template, GenerationDefaults(), demo=True)

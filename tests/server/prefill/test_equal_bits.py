@@ -90,7 +90,7 @@ def body_of(path: str, text: str, **fields: Any) -> dict[str, Any]:
 
 
 async def reply(server: Served, path: str, body: dict[str, Any], key: str = "one") -> tuple[Any, int, int]:
-    """What the reply says, without ids and times; the numbers of prompt tokens and of cached ones."""
+    """Returns the reply without ids and times, the number of prompt tokens, and the number of cached ones."""
     usage: dict[str, Any] = {}
     async with server.http(key) as http:
         if not body.get("stream"):
