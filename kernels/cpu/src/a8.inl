@@ -257,7 +257,8 @@ void a8_tile(const A8Walk& a) {
         const int64_t until = group_end < a.end ? group_end : a.end;
         const uint8_t* const factors = p + (group_end - block) * l.block_bytes;
         for (; block < until; block++, p += l.block_bytes, x += (WORDS + HALVES + 1) * MR) {
-            for (const char* const stop = next + a.stride; next < stop; next += 64) __builtin_prefetch(next, 0, 3);
+            for (const char* at = next; at < next + a.stride; at += 64) __builtin_prefetch(at, 0, 3);
+            next += a.stride;
             const int32_t* const starts = x + WORDS * MR;
             const auto* scales = reinterpret_cast<const float*>(starts + HALVES * MR);
 #pragma GCC unroll 2
@@ -334,7 +335,7 @@ void a8_panel(const A8Part<T>& part, const A8Layout& l, int64_t panel) {
     constexpr int64_t UNIT = A8_SUPER / A8_BLOCK, SUMS = 2 * A8_ROWS * PANEL;
     const int64_t wanted = A8_SPAN_BYTES / l.block_bytes / UNIT * UNIT, span = wanted > UNIT ? wanted : UNIT;
     auto* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4));
-    const bool reads_fast = p.weights->bits == 8 && HALVES == 1 && p.m <= 2;
+    const bool reads_fast = p.weights->bits == 8 && l.group_blocks == 1 && p.m <= 2;
     const int64_t distance = reads_fast ? prefetch_distance_of_few_rows() : prefetch_distance();
     const uint8_t* const from = p.panels + panel * l.panel_bytes;
     for (int64_t first = 0; first < l.blocks; first += sharers == 1 ? l.blocks : span) {
