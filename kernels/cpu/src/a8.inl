@@ -240,6 +240,7 @@ void a8_tile(const A8Walk& a) {
     const uint8_t* p = a.panel + l.numbers(a.first);
     const int32_t* x = a.x;
     const char* next = a.next;
+    const int64_t excess = round_up(a.stride, 64) - a.stride;  // A block prefetches whole cache lines.
     constexpr int64_t WORDS = A8_WORDS * R::Dot::STRIDED;
     const int64_t begun = a.first / l.group_blocks;
     const float* totals = a.totals + begun * HALVES * MR;
@@ -257,8 +258,8 @@ void a8_tile(const A8Walk& a) {
         const int64_t until = group_end < a.end ? group_end : a.end;
         const uint8_t* const factors = p + (group_end - block) * l.block_bytes;
         for (; block < until; block++, p += l.block_bytes, x += (WORDS + HALVES + 1) * MR) {
-            for (const char* at = next; at < next + a.stride; at += 64) __builtin_prefetch(at, 0, 3);
-            next += a.stride;
+            for (const char* const stop = next + a.stride; next < stop; next += 64) __builtin_prefetch(next, 0, 3);
+            next -= excess;
             const int32_t* const starts = x + WORDS * MR;
             const auto* scales = reinterpret_cast<const float*>(starts + HALVES * MR);
 #pragma GCC unroll 2
