@@ -96,17 +96,19 @@ async def test_a_reply_is_the_same_after_the_engine_process_is_killed(
     save_tiny(tmp_path, **WIDE)
     path = write_gguf(tmp_path / "model.gguf", tmp_path, of_four_types)
     assert {entry.kind for entry in load_model_config(path).stored.values()} == {"Q4_0", "Q4_K", "Q6_K", "Q8_0"}
-    alone = LLM(path, max_model_len=512, threads=1, max_num_seqs=4).generate([SUBJECT], GREEDY)[0]
+    # The reply is so long that the engine, which dies early in it, cannot have finished it before.
+    params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True, logprobs=3)
+    alone = LLM(path, max_model_len=512, threads=1, max_num_seqs=4).generate([SUBJECT], params)[0]
     engine = EngineClient(EngineConfig(model=str(path), max_model_len=512, threads=1, max_num_seqs=4))
     await engine.start()
     first, tokens, logprobs = engine.pid, list[int](), list[TokenLogprob]()
     assert first is not None
-    async with engine.generate([Request(id="a", prompt=SUBJECT, params=GREEDY)]) as updates:
+    async with engine.generate([Request(id="a", prompt=SUBJECT, params=params)]) as updates:
         async for update in updates:
+            if not tokens:
+                os.kill(first, signal.SIGKILL)
             tokens += update.token_ids
             logprobs += update.logprobs
-            if len(tokens) == 3:
-                os.kill(first, signal.SIGKILL)
     assert engine.pid != first
     await engine.close()
     assert (tokens, [(entry.logprob, entry.top) for entry in logprobs]) == result(alone)
