@@ -76,7 +76,10 @@ class Sequence:
     restoring: bool = False
     num_restores: int = 0
     restored: RestoredPrefix | None = None
-    is_background: bool = False
+    is_background: bool = field(init=False)  # a copy of the request's property, which every step reads
+
+    def __post_init__(self) -> None:
+        self.is_background = self.request.is_background
 
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float, constraint: Constraint | None = None) -> Sequence:
@@ -98,7 +101,6 @@ class Sequence:
             num_prompt_logprobs=request.num_prompt_logprobs,
             constraint=constraint,
             num_reported=len(tokens),
-            is_background=request.is_background,
         )
 
     @property

@@ -370,6 +370,8 @@ def test_packed_arrays_come_back_aligned_and_equal() -> None:
     for one, tensor in zip(arrays, tensors, strict=True):
         assert torch.equal(tensor, torch.from_numpy(one))
         assert (tensor.data_ptr() - packed.data_ptr()) % ALIGNMENT == 0
+    for one, tensor in zip(arrays[3:], cut(packed, arrays[3:], packed_bytes(arrays[:3])), strict=True):
+        assert torch.equal(tensor, torch.from_numpy(one))
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 256])

@@ -192,8 +192,8 @@ INLINE void multiply_words(const uint8_t* p, const uint8_t* table, const int32_t
 // Adds a group to the results: results += scale * (c - zero * total) + offset * total, where `totals` has the total of
 // each row. Sets c to zero.
 template <int MR, int NV>
-INLINE_IF_FAST void add_group(const A8Walk& a, const uint8_t* factors, const float* totals, const Vec (&supers)[2][NV],
-                      Vec (&c)[MR][NV], Vec (&results)[MR][NV]) {
+INLINE_IF_FAST void add_group(const A8Walk& a, const uint8_t* factors, const float* totals,
+                              const Vec (&supers)[2][NV], Vec (&c)[MR][NV], Vec (&results)[MR][NV]) {
     const A8Layout& l = *a.layout;
     const uint8_t *const offsets = factors + l.scale_bytes, *const zeros = offsets + l.offset_bytes;
 #pragma GCC unroll 4
