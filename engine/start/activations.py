@@ -27,9 +27,10 @@ kinds of weights whose products use 8-bit activations by default.
 An entry is here if the products are faster for 16 to 256 rows and, beyond what the measurement varies, not slower for
 fewer rows, and if the loss is at most 0.001 bits per byte (activation-products-avx2.md, activation-products-avx512.md
 and activation-loss.md in benchmarks/results). A single row of weights of 8 bits takes about as long as with activations
-of 16 bits: 0.93 to 1.08 times as long. Weights of 8 bits with a scale for a row take 1.06 to 1.12 times as long with AVX-512 BF16, so they are
-not in that entry; with AVX-512 alone they take 1.03 to 1.08 times as long, and a third of the time from 16 rows on.
-The products for AVX-VNNI were not measured: they do in one instruction what those for AVX2 do in two.
+of 16 bits: 0.93 to 1.08 times as long. Weights of 8 bits with a scale for a row take 1.06 to 1.12 times as long with
+AVX-512 BF16, so they are not in that entry; with AVX-512 alone they take 1.03 to 1.08 times as long, and a third of the
+time from 16 rows on. The products for AVX-VNNI were not measured: they do in one instruction what those for AVX2 do in
+two.
 """
 
 
