@@ -36,7 +36,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `activation_quantization` "int8" rounds the inputs of products with weights of 4 or 8 bits to 8 bits, "none" does
     not, and None does so where it is faster and the loss is small (`engine.start.activations`).
 
-    `max_step_ms` limits the time of a step on a CPU: it decides `max_num_batched_tokens` where that is None.
+    A step computes at most `max_num_batched_tokens` prompt tokens, and at most `max_num_mixed_tokens` beside replies.
+    `max_step_ms` limits the time of a step with replies on a CPU. It decides these two numbers where they are None. On
+    a GPU, the second number is by default the first.
 
     `threads` is the number of threads of the CPU kernels, by default one for each processor that this process may use.
     `numa` "split" divides them and the weights among the memory nodes of the machine, "none" does not, and "auto" does
@@ -77,6 +79,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    max_num_mixed_tokens: int | None = None
     max_step_ms: int | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: KvCacheDtype = "auto"

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from jamba_server.engine.fairness import RESERVED_PART
 from jamba_server.engine.sequence import Sequence
+
+
+class PlannedChunk(NamedTuple):
+    """The tokens [start, end) of a sequence. They count as `cost` prompt tokens. `is_last` says that the sequence then
+    has no more tokens to compute, so that the step samples a token or finishes a request for a vector."""
+
+    start: int
+    end: int
+    cost: int
+    is_last: bool
 
 
 @dataclass(slots=True)
 class Plan:
-    """The plan of the next step while the scheduler makes this plan. The field `budget` is the number of prompt tokens
-    that can still be added to the step. The dict `chunks` has (start, end, cost) for each sequence that is planned
-    already. `cost` is the number of tokens that was subtracted from `budget` for the chunk.
+    """The plan of the next step while the scheduler makes this plan.
+
+    The step computes at most `most` prompt tokens. If a prompt ends in the step, a client waits for the step. Then the
+    step computes either this prompt alone or at most `mixed` prompt tokens. If replies are in the step, `most` equals
+    `mixed`.
 
     While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
     `shortened` are the sequences that received fewer tokens for this reason. `preempted` says that a sequence had to
@@ -21,23 +35,36 @@ class Plan:
     make room again.
     """
 
-    budget: int
-    for_long: int
-    chunks: dict[Sequence, tuple[int, int, int]] = field(default_factory=dict[Sequence, tuple[int, int, int]])
+    most: int
+    mixed: int
+    for_long: int = field(init=False)
+    used: int = 0  # the number of prompt tokens in `chunks`
+    chunks: dict[Sequence, PlannedChunk] = field(default_factory=dict[Sequence, PlannedChunk])
     shortened: list[Sequence] = field(default_factory=list[Sequence])
     started: list[str] = field(default_factory=list[str])
     preempted: bool = False
     no_background: bool = False
     admitted: bool = False
-    held: int = 0
+    _num_last: int = 0  # the number of chunks that are the last of their sequences
+
+    def __post_init__(self) -> None:
+        self.for_long = self.most - self.most // RESERVED_PART
+
+    @property
+    def budget(self) -> int:
+        """Returns how many prompt tokens can still be added to the step."""
+        return max(0, (self.mixed if self._num_last else self.most) - self.used)
 
     def add(self, seq: Sequence, end: int, cost: int) -> None:
-        self.chunks[seq] = (seq.num_computed, end, cost)
-        self.budget -= cost
+        is_last = end - seq.num_computed == seq.num_remaining
+        self.chunks[seq] = PlannedChunk(seq.num_computed, end, cost, is_last)
+        self.used += cost
+        self._num_last += is_last
 
     def drop(self, seq: Sequence) -> None:
-        *_, cost = self.chunks.pop(seq, (0, 0, 0))
-        self.budget += cost
+        if (chunk := self.chunks.pop(seq, None)) is not None:
+            self.used -= chunk.cost
+            self._num_last -= chunk.is_last
 
     @property
     def has_prompts(self) -> bool:
@@ -45,6 +72,5 @@ class Plan:
         return any(not seq.decodes or not seq.num_generated + seq.num_pending for seq in self.chunks)
 
     def hold_back(self, limit: int) -> None:
-        """Reduces the budget to `limit` tokens. The rest is not used in this step."""
-        self.held = max(0, self.budget - limit)
-        self.budget -= self.held
+        """Lets at most `limit` more tokens be added to the step."""
+        self.most = self.mixed = self.used + min(limit, self.budget)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from jamba_server.engine.cache.explain import PrefixCounts, Salts, explain
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
-from jamba_server.engine.fairness import BACKGROUND_PART, MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
+from jamba_server.engine.fairness import BACKGROUND_PART, MAX_LONG_PREFILLS, Shares, tokens_left, urgency
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.joining import Joining
 from jamba_server.engine.microbatches import Microbatches
@@ -88,14 +88,16 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_num_mixed_tokens: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         num_stages: int = 1,
     ) -> None:
         self.cache, self._microbatches = cache, Microbatches(num_stages)
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
-        self.waiting = WaitingQueue(max_short=max_num_batched_tokens)
+        self.max_num_batched_tokens, self.max_num_mixed_tokens = max_num_batched_tokens, max_num_mixed_tokens
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting = WaitingQueue(max_short=max_num_mixed_tokens)
         # The running sequences are sorted by priority and then by arrival (`Sequence.order`).
         self.running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -171,22 +173,23 @@ class Scheduler:
         requests wait in the queue.
 
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
-        their urgency. A decoded token does not count against the step's token budget, so a prompt as long as the budget
-        takes one step. If a grammar forces further tokens after a decoded token, they are computed in the same step and
-        do count. Background sequences sit out a step that computes a prompt of another request.
+        their urgency. Without replies, the most urgent prompt may take a larger step (`Plan.most`). A decoded token
+        does not count against the token budget, so a prompt as long as the budget takes one step. Tokens that a grammar
+        forces after a decoded token are computed in the same step and do count. Background sequences sit out a step
+        that computes a prompt of another request.
         """
-        budget = self.max_num_batched_tokens
-        plan = Plan(budget, budget - budget // RESERVED_PART)
+        mixed = self.max_num_mixed_tokens
+        plan = Plan(mixed if any(seq.decodes for seq in self.running) else self.max_num_batched_tokens, mixed)
         self._fill(plan, now, background=False)
         has_background = self.waiting.number(background=True) or (self.running and self.running[-1].is_background)
         if has_background and not plan.has_prompts:
             if plan.chunks:
-                plan.hold_back(budget // BACKGROUND_PART)
+                plan.hold_back(mixed // BACKGROUND_PART)
             self._fill(plan, now, background=True)
-        self._work += budget - plan.budget - plan.held
+        self._work += plan.used
         chunks = [
             Chunk(seq, start, end, int(seq.samples_at(end)), tuple(self.cache.plan_saves(seq, start, end)))
-            for seq, (start, end, _) in plan.chunks.items()
+            for seq, (start, end, *_) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._num_steps += bool(chunks)
@@ -218,9 +221,9 @@ class Scheduler:
                 plan.no_background |= not admitted
                 newcomer = self._next_waiting(plan, background) if admitted or newcomer.restoring else None
         # Some prompts got less than they need, to leave a part of the token budget to others. They now get what no
-        # other prompt has used.
+        # other prompt has used, which is less than before if another prompt ends in the step.
         for seq in plan.shortened:
-            if plan.budget and seq.state_id and seq in plan.chunks:
+            if seq.state_id and seq in plan.chunks:
                 plan.drop(seq)
                 self._extend(seq, plan, plan.budget)
 
@@ -228,16 +231,12 @@ class Scheduler:
         """Returns how many prompt tokens of `seq` can be computed in this step. The argument `others` says whether
         other prompts could use tokens of the step's budget. If `others` is true and the prompt of `seq` needs several
         steps, some of the budget is left to the other prompts."""
-        if not others or not self._is_long(seq):
+        if not others or tokens_left(seq) <= plan.most:
             return plan.budget
         part = min(plan.budget, plan.for_long)
         plan.for_long -= part
         plan.shortened.append(seq)
         return part
-
-    def _is_long(self, seq: Sequence) -> bool:
-        """Returns whether the prompt of `seq` needs more than one step."""
-        return tokens_left(seq) > self.max_num_batched_tokens
 
     def must_wait(self) -> bool:
         """Returns whether the tokens that the most recently launched step samples must be read before the next step can
@@ -299,7 +298,7 @@ class Scheduler:
         full, shares = taken >= self.max_num_seqs, Shares(peers)
         if full and not shares.one_holds_several and len(self._tenants) < 2:
             return None  # nothing can be displaced, which is the usual case under load; this early return saves time
-        no_more_long = sum(map(self._is_long, peers)) >= MAX_LONG_PREFILLS
+        no_more_long = sum(tokens_left(s) > self.max_num_mixed_tokens for s in peers) >= MAX_LONG_PREFILLS
         return self.waiting.next(
             shares,
             full=full,
@@ -411,7 +410,7 @@ class Scheduler:
         for seq in self.waiting:
             if seq.restoring and seq.queue_seconds is not None:
                 self.cache.give_up(seq)
-        self.waiting = WaitingQueue(max_short=self.max_num_batched_tokens)
+        self.waiting = WaitingQueue(max_short=self.max_num_mixed_tokens)
         self._by_id = {seq.request.id: seq for seq in waiting}
         self._tenants = Counter(seq.request.tenant for seq in waiting)
         for seq in waiting:

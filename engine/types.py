@@ -262,8 +262,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
     of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the
-    number of states that can be saved while `max_num_seqs` sequences run. `step_size` gives the reason for
-    `max_num_batched_tokens` if the time of a step decided it. `threads` says how many threads the CPU kernels use and
+    number of states that can be saved while `max_num_seqs` sequences run. A step has at most `max_num_mixed_tokens`
+    prompt tokens beside replies. `step_size` gives the reason for the numbers of prompt tokens if the time of a step
+    decided them. `threads` says how many threads the CPU kernels use and
     why; it is empty on a GPU. `labels` are the names of a classifier's labels, and empty for a language model.
     `tensor_parallel_size` ranks run the model; the sizes in bytes are those of one rank, the first.
     `tensor_parallel_exact` says whether sums have the order that does not depend on the number of ranks. There are
@@ -281,6 +282,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_mixed_tokens: int
     block_size: int
     num_kv_blocks: int
     num_state_slots: int

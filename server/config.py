@@ -255,8 +255,18 @@ class ServerConfig:
             "by the time of a step on a CPU, 8192 on a GPU",
         ),
     ] = None
+    max_num_mixed_tokens: Annotated[
+        Count | None,
+        Help(
+            "memory",
+            "Prompt tokens in a step that also computes replies",
+            "TOKENS",
+            "by the time of a step on a CPU, otherwise --max-num-batched-tokens",
+        ),
+    ] = None
     max_step_ms: Annotated[
-        Count | None, Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "24")
+        Count | None,
+        Help("memory", "Time of a step with replies on a CPU that decides the prompt tokens per step", "MS", "24"),
     ] = None
     kv_cache_dtype: Annotated[
         KvCacheDtype, Help("memory", "Number format of KV pages; auto is --dtype, fp8 needs half the memory")

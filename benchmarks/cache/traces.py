@@ -89,6 +89,7 @@ def make_scheduler(spec: CacheSpec, row: Row, memory: int, share: float) -> Sche
         cache,
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        max_num_mixed_tokens=MAX_BATCHED_TOKENS,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=(),
     )

@@ -15,7 +15,7 @@ from jamba_server.engine.types import EngineInfo, EngineStats
 _ADDED = (
     "max_num_seqs", "num_kv_blocks", "num_state_slots", "num_saved_states", "weight_bytes", "kv_bytes", "state_bytes",
 )  # fmt: skip
-_SMALLEST = ("max_model_len", "max_num_batched_tokens")
+_SMALLEST = ("max_model_len", "max_num_batched_tokens", "max_num_mixed_tokens")
 
 
 def total_info(infos: Sequence[EngineInfo | None]) -> EngineInfo:

@@ -121,7 +121,9 @@ def build_engine(
     kernels, int8_kinds = choose_kernels(config, policy, dtype, device)
     step = choose_steps(config, model_config, policy, dtype, device, kernels)
     if step is not None:
-        config = msgspec.structs.replace(config, max_num_batched_tokens=step.tokens, max_step_ms=None)
+        config = msgspec.structs.replace(
+            config, max_num_batched_tokens=step.alone, max_num_mixed_tokens=step.mixed, max_step_ms=None
+        )
     layout = wanted_layout(model_config, config, parts)
     weight_size = rank_weight_bytes(model_config, dtype.itemsize, parts=parts, policy=policy)
     planned = planner(model_config, config, layout, weight_size, device, joined)
@@ -225,8 +227,8 @@ def choose_steps(
     device: torch.device,
     kernels: Kernels,
 ) -> StepSize | None:
-    """Returns the number of prompt tokens in a step if the time of a step decides it. Raises ConfigError if max_step_ms
-    is given for a GPU."""
+    """Returns the numbers of prompt tokens in a step if the time of a step decides them. Raises ConfigError if
+    max_step_ms is given for a GPU."""
     if device.type == "cpu":
         shares, weight_size = format_shares(model, policy), weight_bytes(model, dtype.itemsize, policy=policy)
         measure = partial(measure_rates, kernels, dtype, shares, model, weight_size)
@@ -370,6 +372,7 @@ def make_info(
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_num_mixed_tokens=plan.max_num_mixed_tokens,
         block_size=config.block_size,
         num_kv_blocks=plan.num_pages - 1,
         num_state_slots=plan.num_slots - 1,
@@ -408,6 +411,7 @@ def make_scheduler(
         make_cache(config, plan, storage, loaded.layout, worker=worker, interval=interval),
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_num_mixed_tokens=plan.max_num_mixed_tokens,
         max_model_len=plan.max_model_len,
         eos_token_ids=loaded.model.config.eos_token_ids,
         num_stages=loaded.model.parts.stage.count,

@@ -17,10 +17,8 @@ from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.start.tier_sizes import check_tiers
 
 # The default of max_num_batched_tokens, the largest number of tokens in a step. On a CPU, `step_size` replaces it for
-# models that are large enough. On a CPU the number is small, because
-# all sequences that decode wait while a step computes a chunk of a new prompt. A prompt also waits for the other
-# prompts in its step. Steps of 512 tokens would prefill faster than steps of 128 tokens: by 5 % for a model with 3
-# billion parameters, by 13 % for a model with 16 experts, and by 30 % for a model with 0.1 billion parameters.
+# models that are large enough. On a CPU the number is small, because all sequences that decode wait while a step
+# computes a chunk of a new prompt.
 DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
 # The caches get this fraction of the memory that weights and activations do not use. A CPU shares its memory with all
 # other programs of the machine. On a GPU, gpu_memory_utilization already leaves room for fragmentation and for
@@ -68,6 +66,7 @@ class MemoryPlan:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_mixed_tokens: int
     num_pages: int
     num_slots: int
     weight_bytes: int
@@ -136,11 +135,15 @@ def plan_memory(
 def check_sizes(engine: EngineConfig) -> None:
     """Raises ConfigError if a size is out of its range, or if compressed saved states are combined with an option that
     they do not support."""
-    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_step_ms", "block_size", "threads")
+    tokens = ("max_num_batched_tokens", "max_num_mixed_tokens")
+    names = ("max_model_len", "max_num_seqs", *tokens, "max_step_ms", "block_size", "threads")
     for name, least in (*((name, 1) for name in names), ("state_cache_memory_bytes", 0)):
         value = getattr(engine, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+    most, mixed = engine.max_num_batched_tokens, engine.max_num_mixed_tokens
+    if most is not None and mixed is not None and mixed > most:
+        raise ConfigError(f"max_num_mixed_tokens is {mixed}; it must be at most max_num_batched_tokens, {most}.")
     if engine.max_num_seqs > MAX_NUM_SEQS:
         raise ConfigError(f"max_num_seqs is {engine.max_num_seqs}; it must be at most {MAX_NUM_SEQS}.")
     if not 0 < engine.gpu_memory_utilization <= 1:
@@ -219,6 +222,7 @@ class _Planner:
             max_model_len=self._at_most("max_model_len", max_model_len, fits, "the KV pages hold no more"),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=batched,
+            max_num_mixed_tokens=min(self.engine.max_num_mixed_tokens or batched, batched),
             num_pages=num_pages,
             num_slots=num_slots,
             num_compressed=num_compressed,
@@ -334,7 +338,10 @@ class _Planner:
 def smallest_plan(plan: MemoryPlan, smallest: Callable[[list[int]], list[int]]) -> MemoryPlan:
     """Returns the plan of a rank with the sizes that all ranks can have. `smallest` takes the sizes of this rank, and
     returns the smallest of all ranks. The memory that the result counts is that of this rank."""
-    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "num_slots", "num_compressed")
+    names = (
+        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens"),
+        *("num_pages", "num_slots", "num_compressed"),
+    )
     sizes = dict(zip(names, smallest([getattr(plan, name) for name in names]), strict=True))
     state_bytes = plan.state_bytes * (sizes["num_slots"] + sizes["num_compressed"])
     return replace(

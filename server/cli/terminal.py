@@ -74,7 +74,8 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"{info.num_saved_states} saved{' as int8' if info.state_cache_dtype == 'int8' else ''}",
         *([f"classes   {', '.join(info.labels[:8])}{', ...' if len(info.labels) > 8 else ''}"] if info.labels else []),
         f"limits    {info.max_model_len:,} tokens per sequence, {info.max_num_seqs} sequences, "
-        f"{info.max_num_batched_tokens} prompt tokens per step",
+        f"{info.max_num_batched_tokens} prompt tokens per step"
+        f"{f', {mixed} beside replies' if (mixed := info.max_num_mixed_tokens) < info.max_num_batched_tokens else ''}",
         *([f"steps     {info.step_size}"] if info.step_size else []),
         *([f"threads   {info.threads}"] if info.threads else []),
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",

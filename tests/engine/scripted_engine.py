@@ -44,6 +44,7 @@ INFO = EngineInfo(
     max_model_len=4096,
     max_num_seqs=8,
     max_num_batched_tokens=64,
+    max_num_mixed_tokens=64,
     block_size=16,
     num_kv_blocks=1,
     num_state_slots=1,

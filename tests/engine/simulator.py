@@ -136,7 +136,13 @@ class Simulator:
         return updates
 
     def check_output(self, output: SchedulerOutput) -> None:
-        assert sum(self.cost(chunk) for chunk in output.chunks) <= self.scheduler.max_num_batched_tokens
+        cost = sum(self.cost(chunk) for chunk in output.chunks)
+        assert cost <= self.scheduler.max_num_batched_tokens
+        if cost > self.scheduler.max_num_mixed_tokens:
+            sequences = [chunk.sequence for chunk in output.chunks]
+            assert not any(seq.decodes for seq in sequences), "a reply waits for a step without a reply's limit"
+            ends = [c.end - c.start == c.sequence.num_remaining for c in output.chunks]
+            assert len(ends) == 1 or not any(ends), "a prompt waits for others, in a step without a reply's limit"
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         decodes = [c.is_decode for c in output.chunks]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
@@ -301,6 +307,7 @@ def make_scheduler(
     *,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 32,
+    max_num_mixed_tokens: int | None = None,
     max_model_len: int = 200,
     caching: bool = True,
     num_slots: int = 16,
@@ -318,6 +325,7 @@ def make_scheduler(
         cache,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_num_mixed_tokens=max_num_mixed_tokens or max_num_batched_tokens,
         max_model_len=max_model_len,
         eos_token_ids=(),
         num_stages=num_stages,

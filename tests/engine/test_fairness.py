@@ -51,6 +51,53 @@ def test_a_short_prompt_does_not_wait_for_long_ones(num_long: int) -> None:
     assert step(simulator) == {"short"}
 
 
+LONGER = 4 * BUDGET
+LONGER_ALONE: dict[str, Any] = {"max_num_seqs": 8, **ROOM, "max_num_batched_tokens": LONGER}
+
+
+def costs(simulator: Simulator) -> dict[str, int]:
+    """Runs one step, and returns the number of prompt tokens of each prompt in it."""
+    outputs, schedule = list[SchedulerOutput](), simulator.scheduler.schedule
+    simulator.scheduler.schedule = lambda *, now: outputs.append(schedule(now=now)) or outputs[0]
+    simulator.step(lambda _: 7)
+    simulator.scheduler.schedule = schedule
+    return prompt_tokens(outputs[0])
+
+
+def test_a_step_without_replies_is_larger() -> None:
+    """Nobody waits for it: there is no reply, and no prompt gets its first token from a smaller step."""
+    scheduler = make_scheduler(max_num_mixed_tokens=BUDGET, **LONGER_ALONE)
+    scheduler.add([request("long", 1000), request("longer", 2000)], now=0.0)
+    assert costs(Simulator(scheduler)) == {"long": LONGER - LONGER // RESERVED_PART, "longer": LONGER // RESERVED_PART}
+
+
+def test_beside_a_reply_a_step_has_its_usual_size() -> None:
+    scheduler = make_scheduler(max_num_mixed_tokens=BUDGET, **LONGER_ALONE)
+    simulator = Simulator(scheduler)
+    scheduler.add([request("short", 5, max_tokens=3)], now=0.0)
+    assert costs(simulator) == {"short": 5}
+    scheduler.add([request("long", 1000)], now=0.0)
+    assert [costs(simulator), costs(simulator), costs(simulator)] == [{"long": n} for n in (BUDGET, BUDGET, LONGER)]
+
+
+def test_a_prompt_that_ends_in_a_step_waits_for_no_other_prompt() -> None:
+    """A short prompt shares a step of the usual size. One that fits into a larger step has it alone."""
+    scheduler = make_scheduler(max_num_mixed_tokens=BUDGET, **LONGER_ALONE)
+    simulator = Simulator(scheduler)
+    scheduler.add([request("long", 1000), request("short", 5, max_tokens=1)], now=0.0)
+    assert costs(simulator) == {"short": 5, "long": BUDGET - 5}
+    scheduler.add([request("other", BUDGET + 10, max_tokens=1)], now=0.0)
+    assert costs(simulator) == {"other": BUDGET + 10}
+    assert costs(simulator) == {"long": LONGER}
+
+
+def test_a_long_prompt_ahead_gets_less_when_another_one_ends_in_the_step() -> None:
+    """A priority puts the long prompt first. It leaves room to the short one, which then does not wait for it."""
+    scheduler = make_scheduler(max_num_mixed_tokens=BUDGET, **LONGER_ALONE)
+    scheduler.add([request("long", 1000, priority=-1), request("short", 20, max_tokens=1)], now=0.0)
+    assert costs(Simulator(scheduler)) == {"long": BUDGET - 20, "short": 20}
+
+
 def test_a_long_prompt_alone_has_the_whole_step_and_beside_short_ones_what_they_leave() -> None:
     scheduler = make_scheduler(max_num_seqs=8, **ROOM)
     scheduler.add([request("long", 3000)], now=0.0)

@@ -35,7 +35,8 @@ def some_scheduler(random: Random, kind: str, stages: int) -> Scheduler:
         block_size=block_size,
         interval=block_size * random.choice((1, 2, 4, 16)),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=random.randint(1, 30),
+        max_num_batched_tokens=(most := random.randint(1, 30)),
+        max_num_mixed_tokens=Random(num_pages).randint(1, most) if stages == 1 else most,
         max_model_len=max_len,
         caching=random.random() < 0.9 or kind != "slots",
         num_stages=stages,
@@ -146,7 +147,7 @@ KINDS = [
 SOME_KINDS = [
     (kind, first, ahead) for kind in ("slots", "compressed", "host") for first, ahead in ((0, False), (150, True))
 ]
-NUM_SEEDS = 12  # enough for every event of `check_events`
+NUM_SEEDS = 16  # enough for every event of `check_events`
 
 
 @pytest.mark.parametrize(("kind", "first", "ahead"), SOME_KINDS)

@@ -40,12 +40,12 @@ def test_a_large_model_gets_steps_of_four_decode_steps() -> None:
     """6 GB of weights take 0.2 s at 30 GB/s, and 3 billion parameters take 15 ms a token at 0.4 TFLOP/s. So 0.6 s of
     0.8 s are left for 41 tokens."""
     step = choose("3b")
-    assert step is not None and step.tokens == 32
-    assert "a step may take 8" in step.reason and "0.40 TFLOP/s and 30 GB/s" in step.reason
+    assert step is not None and step.mixed == 32
+    assert "ms (limit 8" in step.reason and "0.40 TFLOP/s and 30 GB/s" in step.reason
     faster = choose("3b", Rates(operations=2e12, bandwidth=30e9))
-    assert faster is not None and faster.tokens == 224
+    assert faster is not None and faster.mixed == 224
     slower = choose("3b", Rates(operations=2e12, bandwidth=30e9, others=2e-3))
-    assert slower is not None and slower.tokens == 128
+    assert slower is not None and slower.mixed == 128
 
 
 def test_a_step_reads_all_experts() -> None:
@@ -53,13 +53,31 @@ def test_a_step_reads_all_experts() -> None:
     few = Rates(operations=2e12, bandwidth=1e9)
     step = choose("moe", few)
     assert step is not None
-    reading = float(step.reason.split("may take ")[1].split(" ms")[0]) / 4000
+    reading = float(step.reason.split("limit ")[1].split(")")[0]) / 4000
     assert reading == pytest.approx(weight_bytes(configuration("moe"), 2) / 1e9, rel=0.1)
 
 
 def test_a_longer_step_has_more_tokens() -> None:
     short, long = choose("moe", max_step_ms=100), choose("moe", max_step_ms=2000)
-    assert short is not None and long is not None and short.tokens < long.tokens
+    assert short is not None and long is not None and short.mixed < long.mixed
+
+
+def test_a_step_without_replies_has_more_tokens() -> None:
+    """24 ms are the limit for replies, and four times as much is the limit for prompts alone. Of a model whose weights
+    are read in more time than that, a step without replies takes eight decode steps instead of four."""
+    small, large = choose("small"), choose("3b", Rates(operations=2e12, bandwidth=30e9))
+    assert small is not None and large is not None
+    assert 3.5 * small.mixed <= small.alone <= 6 * small.mixed
+    assert (large.mixed, large.alone) == (224, 480)
+
+
+def test_the_tokens_beside_replies_can_be_given() -> None:
+    step = choose("3b", max_num_mixed_tokens=20)
+    assert step is not None and step.mixed == 20 and step.alone > 32
+    large = choose("3b", max_num_mixed_tokens=2000)
+    assert large is not None and (large.mixed, large.alone) == (2000, 2000)
+    with pytest.raises(ConfigError, match="max_step_ms and max_num_mixed_tokens exclude each other"):
+        choose("3b", max_num_mixed_tokens=7, max_step_ms=100)
 
 
 def test_a_tiny_model_keeps_the_default_without_a_measurement() -> None:

@@ -39,6 +39,7 @@ INFO = EngineInfo(
     max_model_len=MAX_MODEL_LEN,
     max_num_seqs=4,
     max_num_batched_tokens=64,
+    max_num_mixed_tokens=64,
     block_size=16,
     num_kv_blocks=10,
     num_state_slots=8,

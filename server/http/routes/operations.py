@@ -79,6 +79,7 @@ async def server_info(services: ServicesOf) -> Response:
         activation_quantization=info.activation_quantization,
         max_model_len=info.max_model_len,
         max_num_batched_tokens=info.max_num_batched_tokens,
+        max_num_mixed_tokens=info.max_num_mixed_tokens,
         memory=memory,
         kernels=info.kernels,
         batch_invariant=not info.batch_dependent_ops,

@@ -174,6 +174,7 @@ class ServerInfoReply(Reply):
     activation_quantization: str
     max_model_len: int
     max_num_batched_tokens: int
+    max_num_mixed_tokens: int
     memory: MemoryPlan
     kernels: dict[str, str]
     batch_invariant: bool

@@ -106,7 +106,8 @@ class Life:
         self.tiers = Tiers(block_size=sizes["block_size"], host_bytes=host_bytes, disk=self.worker, staging_bytes=1200)
         limits = {name: sizes.pop(name) for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len")}
         self.cache = TieredCache(SlotStates(sizes.pop("num_slots")), self.tiers, self.mover, shape, **sizes)
-        self.scheduler = Scheduler(self.cache, **limits, eos_token_ids=())
+        mixed = limits["max_num_batched_tokens"]
+        self.scheduler = Scheduler(self.cache, **limits, max_num_mixed_tokens=mixed, eos_token_ids=())
         self.simulator = Simulator(self.scheduler, ahead=ahead, model=model)
         self.mover.pages, self.mover.slots = self.simulator.pages, self.simulator.slots
         if self.worker is not None:
