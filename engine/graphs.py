@@ -6,8 +6,10 @@ buffer, which every step fills anew. On a GPU a batch is padded to the next larg
 padding rows read and write page 0 and state slot 0, which no sequence owns. The page tables are as wide as the next
 longer of a few context lengths needs.
 
-On a GPU there are also graphs of steps that compute a few prompts beside the replies. Their prompts are padded in the
-same way: prompts of padding follow the others, and the last one has all rows of padding that are left.
+There are also graphs of steps that compute a few prompts beside the replies. On a GPU their prompts are padded in the
+same way: prompts of padding follow the others, and the last one has all rows of padding that are left. On a CPU nothing
+is padded, and the replies in such a step are computed as prompts of one token. Their bits are the same, because one
+kernel computes both there.
 
 A graph is captured when a step first needs it, so that nobody waits for graphs that are never used. On a CPU it is
 recorded while that step runs. On a GPU it is captured after that step has run, because by then all kernels are
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from functools import partial
@@ -45,7 +46,6 @@ from jamba_server.engine.batch import (
 )
 from jamba_server.engine.cache.graph_sizes import (
     BYTES_PER_GRAPH,
-    MAX_MIXED_GRAPHS,
     SAVES_PER_PROMPT,
     GraphKey,
     GraphSizes,
@@ -75,6 +75,7 @@ PROMPT_OPS, CAPTURED_NAMES = (
     ("triton", "triton-chunked", "torch"),
 )
 EXTRA_BYTES = 64 * 1024
+MOST_SEEN = 4096  # the largest number of sizes without a graph that are remembered
 
 
 class Graph(Protocol):
@@ -130,9 +131,9 @@ def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
     return f"{', '.join(ops)} cannot be captured" if ops else None
 
 
-def captures_prompts(names: Mapping[str, str]) -> bool:
-    """Returns whether steps that compute prompts can be captured on a GPU with the chosen kernels."""
-    return all(names[op] in CAPTURED_NAMES for op in PROMPT_OPS)
+def captures_prompts(names: Mapping[str, str], device: str) -> bool:
+    """Returns whether steps that compute prompts can be captured with the chosen kernels, if decode steps can."""
+    return all(names[op] in (("cpu",) if device == "cpu" else CAPTURED_NAMES) for op in PROMPT_OPS)
 
 
 def free_gpu_bytes() -> int:
@@ -163,7 +164,7 @@ class StepGraphs:
         self._model, self._storage, self._sizes, self._new_graph = model, storage, sizes, new_graph
         self._tables, self._free_bytes, self._bytes_per_row = tables, free_bytes, bytes_per_row
         self._graphs: dict[GraphKey, Graph] = {}
-        self._seen: Counter[GraphKey] = Counter()  # how often steps with prompts came that have no graph
+        self._seen = set[GraphKey]()  # the sizes of steps with prompts that came once and have no graph
         self._without: set[GraphKey] = set()  # sizes for whose graphs the memory is short
         most = sizes.input_bytes(storage.block_size, sends_tables=tables is None) + EXTRA_BYTES
         self._inputs = torch.empty(most, dtype=torch.uint8, device=storage.kv.device)
@@ -200,8 +201,12 @@ class StepGraphs:
         if key in self._without:
             return False
         if key.prompts:
-            self._seen[key] += 1
-            if self._seen[key] < 2 or sum(bool(k.prompts) for k in self._graphs) >= MAX_MIXED_GRAPHS:
+            if key not in self._seen:
+                if len(self._seen) == MOST_SEEN:
+                    self._seen.clear()
+                self._seen.add(key)
+                return False
+            if sum(bool(k.prompts) for k in self._graphs) >= self._sizes.most_mixed and not self._make_room():
                 return False
         # The graphs share the memory of their activations, so only a graph with more rows than all others needs more.
         largest = max((k.rows + k.tokens for k in self._graphs), default=0)
@@ -216,6 +221,12 @@ class StepGraphs:
             )  # fmt: skip
         self._without.add(key)
         return False
+
+    def _make_room(self) -> bool:
+        """Drops the graph of a step with prompts that was used least recently, on a CPU. Returns whether it did."""
+        if self._sizes.on_cpu:
+            del self._graphs[next(key for key in self._graphs if key.prompts)]
+        return self._sizes.on_cpu
 
     def capture_ladder(self, reply: Chunk, sampled: SampledTokens | None) -> int:
         """Captures the graphs of decode steps of the shortest contexts, so that no request waits for them. `reply` is
@@ -233,25 +244,30 @@ class StepGraphs:
         valid until the next step."""
         changes = [] if self._tables is None else [*self._tables.update(chunks)]
         arrays = self._arrays(key, chunks, sampled)
-        rows = logit_rows(chunks, padding=key.rows - sum(chunk.is_decode for chunk in chunks)) if key.prompts else None
+        rows = logit_rows(chunks, padding=key.rows - self._num_decodes(key, chunks)) if key.prompts else None
         extra = [*changes, *([] if rows is None else [rows])] if any(map(len, changes)) or rows is not None else []
         more = self._send(arrays, extra)
         if self._tables is not None and more:
             self._tables.apply(more[0], more[1])
-        if (graph := self._graphs.get(key)) is not None:
+        if (graph := self._graphs.pop(key, None)) is not None:
+            self._graphs[key] = graph  # the last one of the dict was used most recently
             hidden = graph.replay()
         else:
             graph = self._new_graph()
             batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
             hidden = graph.capture(lambda: self._model.forward(batch(), self._storage))
             self._graphs[key] = graph  # only after the capture: a failed capture leaves no incomplete graph
-            self._seen.pop(key, None)
+            self._seen.discard(key)
         return hidden[: len(chunks)] if rows is None else hidden.index_select(0, more[-1])
+
+    def _num_decodes(self, key: GraphKey, chunks: Many[Chunk]) -> int:
+        """Returns how many of the chunks, the first ones, the graph computes as replies."""
+        return min(sum(chunk.is_decode for chunk in chunks), key.rows)
 
     def _arrays(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> list[Array]:
         """Returns the inputs of a graph, in the order in which `_batch` reads them."""
         block_size, tables = self._storage.block_size, self._tables
-        decodes = chunks[: len(chunks) if not key.prompts else sum(chunk.is_decode for chunk in chunks)]
+        decodes = chunks[: self._num_decodes(key, chunks)]
         rows = row_arrays(decodes, block_size, padding=key.rows - len(decodes))
         arrays: list[Array] = []
         if key.rows:
@@ -298,7 +314,8 @@ class StepGraphs:
 def _padding_lengths(key: GraphKey, prompts: int, tokens: int) -> Array:
     """Returns how many rows each prompt of padding has: one, but the last one has all that are left."""
     lengths = np.ones(key.prompts - prompts, dtype=np.int32)
-    lengths[-1] = key.tokens - tokens - (len(lengths) - 1)
+    if len(lengths):
+        lengths[-1] = key.tokens - tokens - (len(lengths) - 1)
     return lengths
 
 

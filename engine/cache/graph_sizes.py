@@ -35,6 +35,11 @@ MIXED_TOKENS, MIXED_PROMPTS, SAVES_PER_PROMPT = (64, 128, 256, 512, 1024), (2, 4
 # several numbers of tokens and of prompts.
 MIXED_ROWS = (0, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 MAX_MIXED_GRAPHS = 64  # beyond this number, further sizes of such steps run without a graph
+# On a CPU, the graph of a step with prompts has exactly the step's rows and sequences, because the time of a step
+# depends on its rows. In steps with more than CPU_MIXED_TOKENS rows, the Python code that a graph saves takes a few
+# percent of the time. Such a graph takes about 300 bytes for each of several hundred calls. The graph that was used
+# least recently makes room for a new one.
+CPU_MIXED_TOKENS, CPU_MIXED_GRAPHS = 512, 256
 # The largest size of the page tables of all sequences that may run. Larger tables do not stay on the GPU, but are sent
 # with each step.
 MAX_TABLE_BYTES = 1024**3
@@ -43,7 +48,8 @@ MAX_TABLE_BYTES = 1024**3
 class GraphKey(NamedTuple):
     """The size of a graph: its number of rows that decode, including padding rows, and the longest context, in tokens,
     that fits into its page tables. If the step also computes prompts, `tokens` is the number of their rows and
-    `prompts` the number of prompts, both including padding."""
+    `prompts` the number of prompts, both including padding. On a CPU, replies in such a step count as prompts of one
+    token, and `rows` is 0."""
 
     rows: int
     context: int
@@ -56,11 +62,12 @@ class GraphSizes:
     has `max_model_len` tokens. On a GPU the numbers of rows are 1, 2, 4, then multiples of 8, up to the smaller of
     `max_num_seqs` and MAX_ROWS. Few numbers of rows are enough on a GPU, because padding rows cost almost nothing
     there. On a CPU there is a graph for every number of rows, because capturing a graph is fast there. `mixed` says
-    whether there are graphs of steps with prompts; on a CPU there are none."""
+    whether there are graphs of steps with prompts."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str, *, mixed: bool = True) -> None:
-        self._on_cpu = on_cpu = device == "cpu"
-        self._mixed = mixed and not on_cpu
+        self.on_cpu = on_cpu = device == "cpu"
+        self._mixed = mixed
+        self.most_mixed = CPU_MIXED_GRAPHS if on_cpu else MAX_MIXED_GRAPHS
         first, factor = (CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR) if on_cpu else (FIRST_CONTEXT, CONTEXT_FACTOR)
         self.contexts, self._max_tokens = [first], CPU_MAX_TOKENS if on_cpu else None
         highest = min(max_num_seqs, MAX_ROWS)
@@ -85,13 +92,20 @@ class GraphSizes:
         prompts with `tokens` tokens in all, where no sequence has more than `context` tokens. Returns None if steps of
         this size run without a graph.
 
-        A graph has at least one prompt more than the step. Each prompt that is padding has at least one token.
+        On a GPU, a graph has at least one prompt more than the step. Each prompt that is padding has at least one
+        token. On a CPU there is no padding.
         """
+        if not self._mixed:
+            return None
+        context = self.contexts[bisect_left(self.contexts, context)]
+        if self.on_cpu:
+            tokens, prompts = tokens + rows, prompts + rows
+            fits = tokens <= CPU_MIXED_TOKENS and tokens * context <= CPU_MAX_TOKENS
+            return GraphKey(0, context, tokens, prompts) if fits else None
         count = next((number for number in MIXED_PROMPTS if number > prompts), None)
-        if not self._mixed or rows > self._mixed_rows[-1] or count is None:
+        if rows > self._mixed_rows[-1] or count is None:
             return None
         size = next((number for number in MIXED_TOKENS if number >= tokens + count - prompts), None)
-        context = self.contexts[bisect_left(self.contexts, context)]
         if size is None or size > context:
             return None  # a padding prompt must fit into the page tables
         return GraphKey(self._mixed_rows[bisect_left(self._mixed_rows, rows)], context, size, count)
@@ -110,10 +124,14 @@ class GraphSizes:
         most = max((rows * (ROW_BYTES + table) + alignment for rows, table in tables), default=0)
         if not self._mixed:
             return most
-        prompts, context = MIXED_PROMPTS[-1], self.contexts[-1]
-        table = 4 * -(-context // block_size) if sends_tables else 8
         # a prompt's state slot, context length, start, has_state and start of saves; a saved state's row and slot
         each = 4 + 4 + 4 + 1 + 4 + SAVES_PER_PROMPT * 8
+        if self.on_cpu:
+            # Every sequence has a row, and the number of rows limits the length of the page tables.
+            entries = CPU_MAX_TOKENS // block_size + CPU_MIXED_TOKENS
+            return max(most, CPU_MIXED_TOKENS * (3 * 8 + each) + 4 * entries + 2 * 4 + alignment)
+        prompts, context = MIXED_PROMPTS[-1], self.contexts[-1]
+        table = 4 * -(-context // block_size) if sends_tables else 8
         return most + MIXED_TOKENS[-1] * 3 * 8 + prompts * (each + table) + 2 * 4
 
     @property

@@ -317,7 +317,9 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     wanted = wanted and loaded.model.parts.is_whole
     if wanted and why_no_graphs(loaded.kernels.names, device.type) is None:
         names = loaded.kernels.names
-        sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type, mixed=captures_prompts(names))
+        sizes = GraphSizes(
+            plan.max_num_seqs, plan.max_model_len, device.type, mixed=captures_prompts(names, device.type)
+        )
         graphs = StepGraphs(
             loaded.model,
             storage,

@@ -21,7 +21,7 @@ from jamba_server.kernels.cpu.library import FLOAT, INT, POINTER, library
 _MOST_ARGUMENTS = 32
 _ALLOCATIONS = ("new_empty",)
 _VIEWS = ("__get__", "__getitem__", "__len__", "data_ptr", "dim", "stride", "element_size", "is_contiguous",
-          "contiguous", "flatten", "unflatten", "split")  # fmt: skip
+          "chunk", "contiguous", "flatten", "unflatten", "split")  # fmt: skip
 
 
 class _Call(ctypes.Structure):

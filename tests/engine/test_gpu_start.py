@@ -44,7 +44,7 @@ def test_the_runner_of_a_gpu_has_graphs_tables_and_a_ladder(
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(build, "CudaGraph", lambda pool: Recorded(log))
     monkeypatch.setattr(build, "free_gpu_bytes", lambda: 1 << 40)
-    monkeypatch.setattr(build, "captures_prompts", lambda names: True)
+    monkeypatch.setattr(build, "captures_prompts", lambda names, device: True)
     monkeypatch.setattr(build, "why_no_graphs", lambda names, device: None)
     old, config = llm.core.model_runner, EngineConfig(model=str(tmp_path), async_scheduling=ahead, **settings)
     layout = cache_layout(old.model.config, block_size=16, dtype="bfloat16")
