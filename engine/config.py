@@ -48,7 +48,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     available. On a GPU it has no effect.
 
     `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
-    a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
+    a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of steps. `async_scheduling`
     launches a step before the tokens of the last one are known; None means on a GPU only. It changes no token.
 
     `batch_invariant` asks for results that do not depend on batch, chunking or cache. None uses batch-invariant kernels
