@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from jamba_server.engine.batch import SampledTokens
@@ -121,9 +120,7 @@ def build_engine(
     kernels, int8_kinds = choose_kernels(config, policy, dtype, device)
     step = choose_steps(config, model_config, policy, dtype, device, kernels)
     if step is not None:
-        config = msgspec.structs.replace(
-            config, max_num_batched_tokens=step.alone, max_num_mixed_tokens=step.mixed, max_step_ms=None
-        )
+        config = step.applied_to(config)
     layout = wanted_layout(model_config, config, parts)
     weight_size = rank_weight_bytes(model_config, dtype.itemsize, parts=parts, policy=policy)
     planned = planner(model_config, config, layout, weight_size, device, joined)

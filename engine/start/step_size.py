@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+import msgspec
 import torch
 
 from jamba_server.engine.config import EngineConfig
@@ -44,8 +45,8 @@ of 32 prompt tokens, with which prefill reaches half of its highest speed. A lim
 with which it reaches nine tenths."""
 LONGER: Final = 4
 """A step without replies may take this many times as long as `max_step_ms`, because no reply waits for it. A request
-that arrives meanwhile does wait. With the shape `small` on a processor with AVX2, prefill is 1.1 to 1.2 times as fast in
-steps of 128 tokens as in steps of 32 tokens. A model that needs longer for four decode steps would gain 4 %."""
+that arrives meanwhile does wait. With the shape `small` on a processor with AVX2, prefill is 1.1 to 1.2 times as fast
+in steps of 128 tokens as in steps of 32 tokens. A model that needs longer for four decode steps would gain 4 %."""
 MEASURING_SECONDS: Final = 0.025
 """The time for the measurement of the products, and for that of the bandwidth."""
 _SLOWEST: Final = 2e10
@@ -80,6 +81,11 @@ class StepSize(NamedTuple):
     mixed: int
     alone: int
     reason: str
+
+    def applied_to(self, config: EngineConfig) -> EngineConfig:
+        """Returns the options with these numbers in place of the time of a step."""
+        tokens = {"max_num_batched_tokens": self.alone, "max_num_mixed_tokens": self.mixed}
+        return msgspec.structs.replace(config, **tokens, max_step_ms=None)
 
 
 def choose_step_size(

@@ -307,7 +307,6 @@ def make_scheduler(
     *,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 32,
-    max_num_mixed_tokens: int | None = None,
     max_model_len: int = 200,
     caching: bool = True,
     num_slots: int = 16,
@@ -316,7 +315,9 @@ def make_scheduler(
     num_stages: int = 1,
     **sizes: int,
 ) -> Scheduler:
-    """Returns a scheduler with a cache. `sizes` are further arguments of `CacheManager`."""
+    """Returns a scheduler with a cache. `sizes` are further arguments of `CacheManager`, and the scheduler's
+    `max_num_mixed_tokens` if it is not `max_num_batched_tokens`."""
+    mixed = sizes.pop("max_num_mixed_tokens", max_num_batched_tokens)
     defaults = {"num_pages": 64, "block_size": 4, "interval": 1024}
     if store is None:
         store = CompressedStates(num_slots, num_compressed) if num_compressed else SlotStates(num_slots)
@@ -325,7 +326,7 @@ def make_scheduler(
         cache,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_num_mixed_tokens=max_num_mixed_tokens or max_num_batched_tokens,
+        max_num_mixed_tokens=mixed,
         max_model_len=max_model_len,
         eos_token_ids=(),
         num_stages=num_stages,
