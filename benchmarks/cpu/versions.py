@@ -33,6 +33,7 @@ from benchmarks.shapes import SHAPES, Format, write_config
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
 ROOT = Path(__file__).parents[2]
+TOKENS_IN, TOKENS_OUT = 128, 64  # of a whole request
 STEPS = {1: 24, 8: 16, 16: 8}  # decode steps of a measurement, by the number of sequences
 
 
@@ -65,6 +66,10 @@ class Version:
         steps = STEPS.get(count, 16)
         return (self.seconds(count, 4, steps + 1) - self.seconds(count, 4, 1)) / steps
 
+    def requests(self, count: int) -> float:
+        """Returns the seconds of `count` requests that come at once."""
+        return self.seconds(count, TOKENS_IN, TOKENS_OUT)
+
     def __enter__(self) -> Self:
         return self
 
@@ -79,7 +84,11 @@ def compare(before: Version, now: Version, sequences: list[int], rounds: int) ->
     """Returns {case: (median seconds before, median seconds now, median ratio)}."""
     cases: dict[str, Callable[[Version], float]] = {f"prefill of {PREFILL_TOKENS}": Version.prefill}
     cases |= {f"decode, {count}": lambda version, count=count: version.decode(count) for count in sequences}
-    for case in cases.values():
+    cases |= {
+        f"{count} x {TOKENS_IN} in, {TOKENS_OUT} out": lambda version, count=count: version.requests(count)
+        for count in sequences
+    }
+    for case in (*cases.values(), *cases.values()):  # twice, because steps with prompts are recorded the second time
         case(before)
         case(now)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
