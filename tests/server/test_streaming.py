@@ -132,6 +132,34 @@ async def test_a_completion_stream_equals_the_whole_reply(
             assert [x for part in parts for x in part["logprobs"][key]] == choice["logprobs"][key]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat()),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 40}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 40, "model": "jamba"}),
+    ],
+)
+async def test_no_event_contains_a_character_at_which_clients_end_lines(
+    bench: Bench, ids: Ids, path: str, body: dict[str, Any]
+) -> None:
+    """`httpx.Response.iter_lines`, on which client libraries build, ends lines as `str.splitlines` does."""
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
+    bench.engine.script = says(ids(text))
+    async with bench.http() as http:
+        reply = await http.post(path, json={**body, "stream": True})
+        assert reply.text.splitlines() == reply.text.split("\n")[:-1]
+        received = [json.loads(line[6:]) for line in reply.text.split("\n") if line.startswith("data: {")]
+    pieces = {
+        CHAT: lambda e: e["choices"][0]["delta"].get("content", ""),
+        COMPLETIONS: lambda e: e["choices"][0]["text"],
+        "/v1/responses": lambda e: e["delta"] if e["type"] == "response.output_text.delta" else "",
+        "/v1/messages": lambda e: e["delta"].get("text", "") if e["type"] == "content_block_delta" else "",
+    }
+    assert "".join(map(pieces[path], received)) == text
+
+
 async def test_half_a_character_never_leaves(bench: Bench, ids: Ids) -> None:
     bench.engine.script = says(ids("€€"))
     chunks = await stream(bench, COMPLETIONS, {"prompt": "x"})

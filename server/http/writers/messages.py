@@ -36,7 +36,7 @@ from jamba_server.server.http.schemas.messages.reply import (
     TextDelta,
     ThinkingDelta,
 )
-from jamba_server.server.http.writers.writer import Writer
+from jamba_server.server.http.writers.writer import Writer, frame
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
 
 
@@ -87,7 +87,7 @@ class MessagesWriter(Writer):
         yield event(MessageStop())
 
     def fail(self, error: bytes) -> Iterable[bytes]:
-        return (b"event: error\ndata: " + error + b"\n\n",)
+        return (frame(error, "error"),)
 
     def _start(self) -> Iterator[bytes]:
         if not self._started:
@@ -218,7 +218,7 @@ def arguments_of(text: str) -> dict[str, Any]:
 
 
 def event(payload: Event) -> bytes:
-    return f"event: {payload.type}\ndata: {payload.model_dump_json()}\n\n".encode()
+    return frame(payload.model_dump_json().encode(), payload.type)
 
 
 def _is_empty(part: Part) -> bool:

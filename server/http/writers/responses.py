@@ -32,7 +32,7 @@ from jamba_server.server.http.writers.response_items import (
     GrowingMessage,
     GrowingReasoning,
 )
-from jamba_server.server.http.writers.writer import Writer
+from jamba_server.server.http.writers.writer import Writer, frame
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall
 from jamba_server.server.text.tokenizer import Tokenizer
 
@@ -238,7 +238,7 @@ class ResponseWriter(Writer):
         """Returns the bytes of an event as they are sent. The event gets the next sequence number."""
         number, self._num_events = self._num_events, self._num_events + 1
         body = to_json({"type": event.type, "sequence_number": number, **event.fields})
-        return b"event: " + event.type.encode() + b"\ndata: " + body + b"\n\n"
+        return frame(body, event.type)
 
 
 class _ErrorMessage(msgspec.Struct):

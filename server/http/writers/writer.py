@@ -19,6 +19,10 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
+# These characters may stand unescaped in JSON. Lines of server-sent events do not end at them, but the method
+# `iter_lines` of httpx and other programs that divide the text with `str.splitlines` would cut an event there.
+_LINE_SEPARATORS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029")
+
 C = TypeVar("C")  # the class of the items in the list `choices` of an event
 
 
@@ -97,7 +101,7 @@ class ChunkWriter(Writer, Generic[C]):
         yield DONE
 
     def fail(self, error: bytes) -> Iterable[bytes]:
-        return b"data: " + error + b"\n\n", DONE
+        return frame(error), DONE
 
     def _event(self, choice: C) -> bytes:
         chunk = self._chunk([choice], self.generation.usage if self.with_usage_so_far else None)
@@ -137,4 +141,13 @@ class ChunkWriter(Writer, Generic[C]):
 
 
 def event(payload: BaseModel, *, exclude: set[str] | None = None) -> bytes:
-    return b"data: " + payload.model_dump_json(exclude=exclude).encode() + b"\n\n"
+    return frame(payload.model_dump_json(exclude=exclude).encode())
+
+
+def frame(body: bytes, event_type: str = "") -> bytes:
+    """Returns the bytes of a server-sent event whose data is the JSON text `body`. Where JSON text has one of the line
+    separators, the character is part of a string, so it can be escaped."""
+    for separator, escaped in _LINE_SEPARATORS:
+        body = body.replace(separator, escaped)
+    head = f"event: {event_type}\n".encode() if event_type else b""
+    return head + b"data: " + body + b"\n\n"
