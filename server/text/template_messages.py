@@ -32,7 +32,7 @@ def template_message(message: Message) -> dict[str, object]:
 
 def _template_call(call: object) -> object:
     """Returns a tool call whose arguments are decoded to an object. If the arguments are not the JSON text of an
-    object, they stay a text."""
+    object, or have an escape that is half of a surrogate pair and cannot be part of a prompt, they stay a text."""
     if not isinstance(call, Mapping):
         return call
     fields = cast("Mapping[str, object]", call)
@@ -50,6 +50,8 @@ def _read_object(text: str) -> object:
         return {}
     try:
         value: Any = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # raises an error if an escape is half of a surrogate pair
     except (ValueError, RecursionError):
         return text
     return cast("dict[str, object]", value) if isinstance(value, dict) else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -44,14 +44,28 @@ async def test_calls_and_results_in_the_history(hermes: Model, arguments: Any) -
     assert hermes.prompt.endswith("<tool_response>\n18C\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n")
 
 
+@pytest.mark.parametrize("arguments", ['{"city": "Pa', '{"', "[1]", "Paris", '{"city": "\\ud83d"}', '{"a": NaN}'])
+async def test_arguments_that_are_no_object_reach_the_model_unchanged(hermes: Model, arguments: str) -> None:
+    """Clients send back the calls of a reply that was cut off, and invalid calls together with an error as their
+    result."""
+    hermes.say("</think>a")
+    past = {"role": "assistant", "tool_calls": [call("get_weather", arguments)]}
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "Error: the arguments are not JSON"}
+    response = await hermes.post(messages=[*QUESTION, past, result], tools=TOOLS)
+    assert response.status_code == 200, response.text
+    assert f'{{"name": "get_weather", "arguments": {arguments}}}' in hermes.prompt
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
         ({"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}, "messages.0.tool_calls"),
         ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0.tool_call_id"),
         ({"role": "tool"}, "messages.0.content"),
-        ({"role": "assistant", "tool_calls": [call("f", "[]")]}, "messages.0.tool_calls.0.function.arguments"),
-        ({"role": "assistant", "tool_calls": [call("f", '{"a')]}, "messages.0.tool_calls.0.function.arguments"),
+        (
+            {"role": "assistant", "tool_calls": [call("f", cast("Any", []))]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls.0.function"),
         ({"role": "assistant", "tool_calls": [call("f", "{}") | {"type": "custom"}]}, "messages.0.tool_calls.0.type"),
         ({"role": "assistant", "tool_calls": [call("", "{}")]}, "messages.0.tool_calls.0.function.name"),

@@ -7,9 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
 
 from jamba_server.engine.validation import INT32_MAX
 from jamba_server.server.http.schemas.base import RequestBody, invalid
@@ -164,18 +162,12 @@ def check_tools(
 
 
 def _arguments(value: object) -> object:
-    """Checks that the arguments of an earlier tool call are a JSON object. Some clients send the arguments as JSON
-    text, others as an object."""
+    """Returns the arguments of an earlier tool call as text. Some clients send the arguments as JSON text, others as an
+    object. The text need not be valid JSON: the last call of a reply that `max_tokens` has cut off is incomplete, and
+    clients send it back."""
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, str):
-        return value
-    try:
-        msgspec.json.decode(value or "{}", type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
-        why = "is not the JSON text of an object, which the arguments of a tool call must be"
-        raise PydanticCustomError("arguments", "{why}", {"why": why}) from error
-    return value or "{}"
+    return "{}" if value == "" else value
 
 
 class CalledFunction(RequestBody):
@@ -183,7 +175,9 @@ class CalledFunction(RequestBody):
 
     name: Annotated[str, Field(min_length=1, max_length=256, description="The function's name.")]
     arguments: Annotated[
-        str, BeforeValidator(_arguments), Field(description="The arguments: the JSON text of an object.")
+        str,
+        BeforeValidator(_arguments),
+        Field(description="The arguments: the JSON text of an object. The model reads any other text unchanged."),
     ] = "{}"
 
 
