@@ -111,7 +111,16 @@ def _other(finding: Finding) -> str:
 
 
 def _custom(finding: Finding) -> str:
-    return finding["msg"]
+    """Returns the message of the server's own validator. A message that only says what the value must be gets the value
+    before it."""
+    message: str = finding["msg"]
+    if not message.startswith("must be "):
+        return message
+    match finding["input"]:
+        case {"type": kind}:
+            return f"is an object of the type {short_json(kind)}; it {message}"
+        case value:
+            return f"is {short_json(value)}; it {message}"
 
 
 _SENTENCES: Mapping[str, Callable[[Finding], str]] = {

@@ -117,14 +117,21 @@ def test_messages_with_everything_that_does_not_fit() -> None:
         ),
         (
             {"tool_choice": 1},
-            'tool_choice must be "none", "auto", "required" or an object that names functions',
+            'tool_choice is 1; it must be "none", "auto", "required" or an object that names functions',
         ),
         ({"tool_choice": "any"}, "tool_choice is \"any\"; it must be 'none', 'auto' or 'required'"),
         ({"tool_choice": "required"}, "tool_choice requires a call, but `tools` has no functions"),
         (
             {"response_format": {"type": "x"}},
-            "response_format must be an object whose type is 'text', 'json_object' or 'json_schema'",
+            'response_format is an object of the type "x"; '
+            "it must be an object whose type is 'text', 'json_object' or 'json_schema'",
         ),
+        ({"stop": {"a": 1}}, "stop is an object; it must be a string or a list of strings"),
+        (
+            {"messages": [{"role": "user", "content": {"type": "text", "text": "a"}}]},
+            'messages.0.content is an object of the type "text"; it must be a string or a list of text parts',
+        ),
+        ({"logit_bias": {"2": 1, "the": 1}}, "logit_bias has the key 'the'; every key must be a token id, like '2'"),
         ({"stream": "yes" * 5000}, f'stream is "{("yes" * 5000)[:MAX_VALUE_CHARS]}…"; it must be true or false'),
         (
             {"max_tokens": 5, "max_completion_tokens": 6},

@@ -57,7 +57,10 @@ def error_of(reply: httpx.Response, type_: str) -> str:
             "messages.0.content.0.content.0 has the type 'image', but the model reads only text",
         ),
         ({"system": [{"type": "image"}]}, "system.0 has the type 'image', but the model reads only text"),
-        ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content must be a string or a list of blocks"),
+        (
+            {"messages": [{"role": "user", "content": 7}]},
+            "messages.0.content is 7; it must be a string or a list of blocks",
+        ),
         ({"messages": [{"role": "user", "content": [7]}]}, "messages.0.content.0 is 7; it must be a JSON object"),
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0 has the type (none)"),
         ({"tools": [{"name": "f"}]}, "tools.0.input_schema is required"),

@@ -164,10 +164,14 @@ def _token_ids(value: object) -> object:
     """Converts the keys of `logit_bias` from strings to token ids. JSON allows only strings as keys."""
     if not isinstance(value, dict):
         return value
-    try:
-        return {int(key): bias for key, bias in value.items()}
-    except ValueError:
-        raise PydanticCustomError("token_id", 'must have token ids as keys, like "2"') from None
+    token_ids: dict[int, object] = {}
+    for key, bias in cast("dict[str, object]", value).items():
+        try:
+            token_ids[int(key)] = bias
+        except ValueError:
+            why = f"has the key {key[:48]!r}; every key must be a token id, like '2'"
+            raise PydanticCustomError("token_id", "{why}", {"why": why}) from None
+    return token_ids
 
 
 def _not_blank(value: object) -> object:

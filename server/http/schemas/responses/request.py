@@ -209,8 +209,9 @@ class ResponseRequest(FormatFields, GenerationBody):
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         for position, name in enumerate(self.include or []):
-            if name not in (LOGPROBS, ENCRYPTED_REASONING, *_OTHER_INCLUDES):
-                raise invalid(f"has {name[:64]!r}, which does not exist", field=f"include.{position}")
+            known = (LOGPROBS, ENCRYPTED_REASONING, *_OTHER_INCLUDES)
+            if name not in known:
+                raise invalid(f"is {name[:64]!r}; it must be one of {', '.join(known)}", field=f"include.{position}")
         if self.session is not None and self.previous_response_id is not None:
             raise invalid("has a last response of its own; do not send `previous_response_id`", field="session")
         if self.session is not None and self.store is False:
