@@ -40,7 +40,9 @@ def test_replays_of_the_cpus_own_graphs_equal_eager_steps(tmp_path: Path, form: 
 
 
 @each_pair({"form": FORMATS, "mixed": (8, 40)})
-def test_replays_of_the_cpus_steps_with_prompts_equal_eager_steps(folder: Path, form: str, mixed: int) -> None:
+def test_replays_of_the_cpus_steps_with_prompts_equal_eager_steps(
+    folder: Path, form: str, mixed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks of long prompts run alone and beside replies, states are saved within chunks, and prefixes come from the
     cache."""
     settings = FORMATS[form] | {"max_num_batched_tokens": 40, "max_num_mixed_tokens": mixed, "max_num_seqs": 6}
@@ -55,7 +57,7 @@ def test_replays_of_the_cpus_steps_with_prompts_equal_eager_steps(folder: Path, 
         (replays if key in graphs.captured else captures)[bool(key.prompts)] += 1
         return forward(key, *rest)
 
-    graphs.forward = counted
+    monkeypatch.setattr(graphs, "forward", counted)
     longer = [[*PROMPTS[3], *prompt, *PROMPTS[5]] for prompt in PROMPTS]
     long = [token for prompt in longer for token in prompt][:400]
     for prompts in ([long], PROMPTS, longer, longer[::-1]):
