@@ -128,9 +128,7 @@ INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
 #ifdef DOT_PRODUCTS
         store(out, load(out) * set(tile.scale));
 #endif
-        for (int r = 0; r < R; r++) {
-            for (int c = 0; c < C; c++) scores[r * BLOCK + j + c] = out[r * C + c];
-        }
+        for (int r = 0; r < R; r++) std::memcpy(scores + r * BLOCK + j, out + r * C, C * sizeof(float));
     }
 }
 

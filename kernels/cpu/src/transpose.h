@@ -1,5 +1,6 @@
 // This header has operations across the lanes of vectors: transposition, sums of lanes, and the largest lane. With
-// AVX-512 the operations work on whole vectors, and so do the sums with NEON; otherwise they work on one lane at a time.
+// AVX-512 the operations work on whole vectors, and so do the sums with AVX2 and NEON; otherwise they work on one lane at
+// a time.
 // The function `transpose16` requires vectors of 16 floats. In the namespaces with shorter vectors, `transpose16` is an
 // empty function: calls of `transpose16` are compiled in these namespaces too, but never run.
 #pragma once
@@ -69,8 +70,18 @@ BEGIN_TARGET_AVX2
 namespace avx2 {
 constexpr int SUMS = 8;
 INLINE void transpose16(const float*, float*) {}
+// Writes the sum of the lanes of each of the eight vectors, added in the order of the function `sum`.
 INLINE void sums(const Vec* v, float* out) {
-    for (int i = 0; i < SUMS; i++) out[i] = sum(v[i]);
+    Vec halves[4];  // The lower 128 bits of halves[i] are those of v[i] plus its upper ones, the upper of v[i + 4].
+    for (int i = 0; i < 4; i++) {
+        halves[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20) + _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+    }
+    Vec pairs[2];  // Each vector has two sums of two lanes that are left, for each of four vectors.
+    for (int i = 0; i < 2; i++) {
+        const __m256d a = _mm256_castps_pd(halves[2 * i]), b = _mm256_castps_pd(halves[2 * i + 1]);
+        pairs[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)) + _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+    store(out, _mm256_shuffle_ps(pairs[0], pairs[1], 0x88) + _mm256_shuffle_ps(pairs[0], pairs[1], 0xdd));
 }
 INLINE float largest(Vec x) {
     alignas(32) float v[WIDTH];
