@@ -3,13 +3,13 @@ can be used on a GPU and on a CPU.
 
 A graph repeats its kernels with the same addresses and sizes. Three things follow. The inputs of all graphs are in one
 buffer, which every step fills anew. On a GPU a batch is padded to the next larger number of rows in a fixed list;
-padding rows read and write page 0 and state slot 0, which no sequence owns. The page tables are as wide as the next
-longer of a few context lengths needs.
+padding rows read and write page 0 and state slot 0, which no sequence owns. A graph's page tables are wide enough for
+one of a few context lengths, and a step uses the graph with the shortest length that holds its longest sequence.
 
-There are also graphs of steps that compute a few prompts beside the replies. On a GPU their prompts are padded in the
-same way: prompts of padding follow the others, and the last one has all rows of padding that are left. On a CPU nothing
-is padded, and the replies in such a step are computed as prompts of one token. Their bits are the same, because one
-kernel computes both there.
+There are also graphs of steps that compute a few prompts beside the replies. On a GPU, both the number of prompts and
+the number of their rows are padded: padding prompts of one row each follow the real prompts, and the last of them has
+all remaining padding rows. On a CPU nothing is padded, and the replies in such a step are computed as prompts of one
+token. Their bits are the same, because one kernel computes both there.
 
 A graph is captured when a step first needs it, so that nobody waits for graphs that are never used. On a CPU it is
 recorded while that step runs. On a GPU it is captured after that step has run, because by then all kernels are
@@ -68,12 +68,12 @@ UNCAPTURED_OPS = (
 # for the device is an error while a CUDA graph is captured.
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
 # Operations of prompts, and the implementations that can be captured, because they read no size from device memory.
-# `EXTRA_BYTES` is the room for inputs of a step that are not inputs of its graph: the rows from which tokens are
-# sampled, and changes of page tables.
 PROMPT_OPS, CAPTURED_NAMES = (
     ("causal_conv1d", "selective_scan", "attention_prefill"),
     ("triton", "triton-chunked", "torch"),
 )
+# The room, in bytes, for inputs of a step that its graph does not read: the rows from which tokens are sampled, and
+# changes of page tables.
 EXTRA_BYTES = 64 * 1024
 MOST_SEEN = 4096  # the largest number of sizes without a graph that are remembered
 
@@ -137,8 +137,8 @@ def captures_prompts(names: Mapping[str, str], device: str) -> bool:
 
 
 def free_gpu_bytes() -> int:
-    """Returns how many bytes the graphs can still allocate: free memory of the GPU, and what torch keeps for reuse. It
-    is returned to the GPU when a capture begins."""
+    """Returns how many bytes the graphs can still allocate: the GPU's free memory, and the memory that torch keeps for
+    reuse, because torch returns that memory to the GPU when a capture begins."""
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
@@ -146,8 +146,9 @@ def free_gpu_bytes() -> int:
 class StepGraphs:
     """The graphs of one model with one cache storage. There is one graph for each size (`GraphKey`).
 
-    If there are `tables`, the page tables of all sequences are there, and a graph gathers those of its step.
-    `free_bytes` returns how much memory a capture may allocate, of which it needs `bytes_per_row` for each row.
+    If `tables` is given, it has the page tables of all sequences on the device, and a graph gathers the tables of its
+    step from it. `free_bytes` returns how many bytes a capture may allocate; a capture needs `bytes_per_row` of them
+    for each row.
     """
 
     def __init__(
@@ -181,8 +182,8 @@ class StepGraphs:
             return None
         if decodes == len(chunks):
             return self._sizes.key(decodes, longest(chunks))
-        # The hidden states of all rows are needed for log-probabilities of prompts and for vectors. A graph's rows
-        # have gaps.
+        # Log-probabilities of prompts and vectors need the hidden states of all rows, without the padding rows that a
+        # graph has between them.
         prompts = chunks[decodes:]
         if any(c.sequence.params.prompt_logprobs is not None or c.sequence.kind != "generate" for c in chunks):
             return None
@@ -223,7 +224,7 @@ class StepGraphs:
         return False
 
     def _make_room(self) -> bool:
-        """Drops the graph of a step with prompts that was used least recently, on a CPU. Returns whether it did."""
+        """On a CPU, drops the least recently used graph of a step with prompts. Returns whether a graph was dropped."""
         if self._sizes.on_cpu:
             del self._graphs[next(key for key in self._graphs if key.prompts)]
         return self._sizes.on_cpu
@@ -250,7 +251,7 @@ class StepGraphs:
         if self._tables is not None and more:
             self._tables.apply(more[0], more[1])
         if (graph := self._graphs.pop(key, None)) is not None:
-            self._graphs[key] = graph  # the last one of the dict was used most recently
+            self._graphs[key] = graph  # moved to the end of the dict, which is sorted by last use
             hidden = graph.replay()
         else:
             graph = self._new_graph()
@@ -261,7 +262,7 @@ class StepGraphs:
         return hidden[: len(chunks)] if rows is None else hidden.index_select(0, more[-1])
 
     def _num_decodes(self, key: GraphKey, chunks: Many[Chunk]) -> int:
-        """Returns how many of the chunks, the first ones, the graph computes as replies."""
+        """Returns how many chunks the graph computes as replies. These are the first chunks of the step."""
         return min(sum(chunk.is_decode for chunk in chunks), key.rows)
 
     def _arrays(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> list[Array]:
@@ -283,8 +284,8 @@ class StepGraphs:
         return [*rows, *arrays, *sources]
 
     def _send(self, arrays: list[Array], extra: list[Array]) -> list[Tensor]:
-        """Copies the inputs of a graph into the input buffer, and further arrays of the step behind them. Returns the
-        further arrays as tensors on the device."""
+        """Copies the inputs of a graph to the beginning of the input buffer, and the step's `extra` arrays behind them
+        if they fit. Returns the extra arrays as tensors on the device."""
         fits = not extra or packed_bytes([*arrays, *extra]) <= len(self._inputs)
         sent = [*arrays, *extra] if fits else arrays
         if self._inputs.is_cuda:
@@ -312,7 +313,7 @@ class StepGraphs:
 
 
 def _padding_lengths(key: GraphKey, prompts: int, tokens: int) -> Array:
-    """Returns how many rows each prompt of padding has: one, but the last one has all that are left."""
+    """Returns the number of rows of each padding prompt: 1, except that the last one has all remaining rows."""
     lengths = np.ones(key.prompts - prompts, dtype=np.int32)
     if len(lengths):
         lengths[-1] = key.tokens - tokens - (len(lengths) - 1)
@@ -320,15 +321,15 @@ def _padding_lengths(key: GraphKey, prompts: int, tokens: int) -> Array:
 
 
 def _padded_tables(key: GraphKey, arrays: TableArrays, prompts: Many[Chunk]) -> TableArrays:
-    """Sets the context lengths of prompts of padding: they have no tokens before this step."""
+    """Sets the context length of each padding prompt to its number of rows, because it has no earlier tokens."""
     used = sum(chunk.end - chunk.start for chunk in prompts)
     lengths = _padding_lengths(key, len(prompts), used)
     return arrays._replace(context_lens=np.concatenate([arrays.context_lens[: len(prompts)], lengths]))
 
 
 def _padded_segments(key: GraphKey, arrays: SegmentArrays) -> SegmentArrays:
-    """Adds prompts of padding, which have no state and save none. Entries of saved states that are padding follow the
-    last prompt's; they name row 0 and slot 0."""
+    """Adds padding prompts, which have no state and save none. The lists of saved states are padded at their end with
+    row 0 and slot 0."""
     prompts, used = len(arrays.has_state), int(arrays.query_start[-1])
     starts = used + np.cumsum(_padding_lengths(key, prompts, used), dtype=np.int32)
     more, saves = key.prompts - prompts, key.prompts * SAVES_PER_PROMPT - len(arrays.save_rows)

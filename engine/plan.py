@@ -23,16 +23,16 @@ class PlannedChunk(NamedTuple):
 class Plan:
     """The plan of the next step while the scheduler makes this plan.
 
-    The step computes at most `most` prompt tokens. If a prompt ends in the step, a client waits for the step. Then the
-    step computes either this prompt alone or at most `mixed` prompt tokens. If replies are in the step, `most` equals
+    The step computes at most `most` prompt tokens, and nothing is added beyond `mixed` prompt tokens once the step
+    computes the end of a prompt, because a client then waits for this step. If replies are in the step, `most` equals
     `mixed`.
 
     While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
-    `shortened` are the sequences that received fewer tokens for this reason. `preempted` says that a sequence had to
-    make room for another one of its kind, so that no sequence starts in the step. `no_background` says that no
-    background sequence may start in the step, because one had to make room, or because another sequence waits for
-    room. `admitted` says that a sequence was given pages and a slot, which copies may have to fill, even if it had to
-    make room again.
+    `shortened` has the sequences whose tokens were limited by `for_long`. `preempted` says that a sequence had to make
+    room for another one of its kind (background or not); then no sequence starts in the step. `no_background` says
+    that no background sequence may start in the step, because a sequence had to make room or waits for room.
+    `admitted` says that a sequence was given pages and a slot, even if it had to make room again. Copies of the cache
+    may have to fill them.
     """
 
     most: int
@@ -72,5 +72,5 @@ class Plan:
         return any(not seq.decodes or not seq.num_generated + seq.num_pending for seq in self.chunks)
 
     def hold_back(self, limit: int) -> None:
-        """Lets at most `limit` more tokens be added to the step."""
+        """Lets at most `limit` more prompt tokens be added to the step."""
         self.most = self.mixed = self.used + min(limit, self.budget)

@@ -26,10 +26,9 @@ ROW_BYTES = 3 * 8 + 2 * 4
 # processes at once.
 ATTENTION_BYTES = 64 * 1024**2
 
-
-# Steps that also compute prompts are captured for at most these numbers of prompt tokens and of prompts. With more
-# tokens, the kernels run longer than the host needs to launch them. A graph's prompts include one that is padding. Each
-# prompt of a graph may save this number of states.
+# The numbers of prompt tokens and of prompts for which steps that also compute prompts are captured on a GPU. With more
+# tokens, the kernels run longer than the host needs to launch them. At least one prompt of such a graph is padding. On
+# every device, each prompt of a graph may save at most SAVES_PER_PROMPT states.
 MIXED_TOKENS, MIXED_PROMPTS, SAVES_PER_PROMPT = (64, 128, 256, 512, 1024), (2, 4, 8, 16), 4
 # The numbers of rows that decode in such a step. They are fewer than those of pure decode steps, because there are also
 # several numbers of tokens and of prompts.
@@ -76,7 +75,7 @@ class GraphSizes:
         while self.contexts[-1] < max_model_len:
             self.contexts.append(self.contexts[-1] * factor)
         self.contexts[-1] = max_model_len
-        # the first number that is at least `highest` is replaced by it
+        # `highest` takes the place of all numbers that are not smaller
         self._mixed_rows = [*(rows for rows in MIXED_ROWS if rows < highest), highest]
 
     def key(self, rows: int, context: int) -> GraphKey | None:
@@ -124,7 +123,8 @@ class GraphSizes:
         most = max((rows * (ROW_BYTES + table) + alignment for rows, table in tables), default=0)
         if not self._mixed:
             return most
-        # a prompt's state slot, context length, start, has_state and start of saves; a saved state's row and slot
+        # The bytes of a prompt: its state slot, context length, start, has_state and start of saves, and then the row
+        # and slot of each state that it may save.
         each = 4 + 4 + 4 + 1 + 4 + SAVES_PER_PROMPT * 8
         if self.on_cpu:
             # Every sequence has a row, and the number of rows limits the length of the page tables.

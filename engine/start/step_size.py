@@ -30,14 +30,14 @@ from jamba_server.kernels.ops import (
 )
 
 DEFAULT_STEP_MS: Final = 24
-"""The time is that of a step whose prompt has few tokens before it. Behind 30,000 tokens, attention makes a step
-several times as long. With 24 ms the first token of a short request comes within three times its time without other
-load, plus one step, beside prompts of 30,000 tokens (benchmarks/results/latency-amx.md). With 40 ms it comes 1.6 times
-as late, and a long prompt is a tenth faster."""
+"""The default of `max_step_ms`, which is the time of a step whose prompt has few computed tokens before it. After 30,000
+tokens, attention makes a step several times as long. With 24 ms the first token of a short request comes within three
+times its time without other load, plus one step, beside prompts of 30,000 tokens (benchmarks/results/latency-amx.md).
+With 40 ms it comes 1.6 times as late, and a long prompt is a tenth faster."""
 SMALLEST, LARGEST = 32, 512
-"""The range of the numbers of prompt tokens that are chosen, and the distance between them. Steps of fewer tokens would
-read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens than in steps of 128,
-and a third longer in steps of 16. Steps of more tokens would hardly be faster per token."""
+"""The smallest and the largest number of prompt tokens that is chosen. Each choice is a multiple of `SMALLEST`. Steps of
+fewer tokens would read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens
+than in steps of 128, and a third longer in steps of 16. Steps of more tokens would hardly be faster per token."""
 DECODE_STEPS: Final = 4
 """A step may take as long as this number of decode steps, because a step of a large model cannot be shorter than the
 time in which it reads the weights. With the 3B shape on a processor with AMX, a limit of two decode steps gives steps
@@ -48,7 +48,7 @@ LONGER: Final = 4
 that arrives meanwhile does wait. With the shape `small` on a processor with AVX2, prefill is 1.1 to 1.2 times as fast
 in steps of 128 tokens as in steps of 32 tokens. A model that needs longer for four decode steps would gain 4 %."""
 MEASURING_SECONDS: Final = 0.025
-"""The time for the measurement of the products, and for that of the bandwidth."""
+"""The time for which the products are measured, and then again the bandwidth."""
 _SLOWEST: Final = 2e10
 """The rate of matrix products, in operations per second, that every machine is assumed to reach. A model whose steps
 are short enough at this rate is not measured."""
@@ -83,7 +83,7 @@ class StepSize(NamedTuple):
     reason: str
 
     def applied_to(self, config: EngineConfig) -> EngineConfig:
-        """Returns the options with these numbers in place of the time of a step."""
+        """Returns the options with these two numbers instead of `max_step_ms`."""
         tokens = {"max_num_batched_tokens": self.alone, "max_num_mixed_tokens": self.mixed}
         return msgspec.structs.replace(config, **tokens, max_step_ms=None)
 
@@ -97,8 +97,8 @@ def choose_step_size(
 ) -> StepSize | None:
     """Returns the numbers of prompt tokens in a step on a CPU, or None if the options or the default decide.
 
-    A step with replies takes about the larger of `max_step_ms` and the time of `DECODE_STEPS` decode steps. Where
-    `SMALLEST` tokens take longer, the number is `SMALLEST`.
+    The numbers are chosen so that a step with replies takes about `max_step_ms`, or the time of `DECODE_STEPS` decode
+    steps if that is longer. If even `SMALLEST` tokens take longer, the number is `SMALLEST`.
     """
     for name in ("max_num_batched_tokens", "max_num_mixed_tokens"):
         if config.max_step_ms is not None and getattr(config, name) is not None:
@@ -154,9 +154,9 @@ def format_shares(model: JambaConfig, policy: QuantizationPolicy) -> Mapping[For
 def measure_rates(
     kernels: Kernels, dtype: torch.dtype, shares: Mapping[Format | None, float], model: JambaConfig, weight_bytes: int
 ) -> Rates:
-    """Measures the rates of this machine with the kernels that were chosen. It takes about 50 ms, and about 0.2 s for a
-    large model, most of it for making memory to read. `shares` has the formats of the weights, as `format_shares`
-    returns them."""
+    """Measures the rates of this machine with the kernels that were chosen. The measurement takes about 50 ms. For a
+    large model it takes about 0.2 s, because the memory to read must be allocated and filled. `shares` has the formats
+    of the weights, as `format_shares` returns them."""
     x = torch.ones(_ROWS, _INPUTS, dtype=dtype)
     seconds = 0.0
     for form, share in shares.items():
