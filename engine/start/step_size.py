@@ -30,13 +30,13 @@ from jamba_server.kernels.ops import (
 )
 
 DEFAULT_STEP_MS: Final = 24
-"""The default of `max_step_ms`, which is the time of a step whose prompt has few computed tokens before it. After 30,000
+"""The default of `max_step_ms`: the time of a step whose prompt has few computed tokens before it. After 30,000
 tokens, attention makes a step several times as long. With 24 ms the first token of a short request comes within three
 times its time without other load, plus one step, beside prompts of 30,000 tokens (benchmarks/results/latency-amx.md).
 With 40 ms it comes 1.6 times as late, and a long prompt is a tenth faster."""
 SMALLEST, LARGEST = 32, 512
-"""The smallest and the largest number of prompt tokens that is chosen. Each choice is a multiple of `SMALLEST`. Steps of
-fewer tokens would read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens
+"""The smallest and the largest number of prompt tokens that is chosen. Each choice is a multiple of `SMALLEST`. Steps
+of fewer tokens would read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens
 than in steps of 128, and a third longer in steps of 16. Steps of more tokens would hardly be faster per token."""
 DECODE_STEPS: Final = 4
 """A step may take as long as this number of decode steps, because a step of a large model cannot be shorter than the
