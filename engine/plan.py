@@ -28,7 +28,7 @@ class Plan:
     `mixed`.
 
     While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
-    `shortened` has the sequences whose tokens were limited by `for_long`. `preempted` says that a sequence had to make
+    `shortened` has the sequences whose tokens `for_long` may have limited. `preempted` says that a sequence had to make
     room for another one of its kind (background or not); then no sequence starts in the step. `no_background` says
     that no background sequence may start in the step, because a sequence had to make room or waits for room.
     `admitted` says that a sequence was given pages and a slot, even if it had to make room again. Copies of the cache
