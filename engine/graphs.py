@@ -207,8 +207,10 @@ class StepGraphs:
                     self._seen.clear()
                 self._seen.add(key)
                 return False
-            if sum(bool(k.prompts) for k in self._graphs) >= self._sizes.most_mixed and not self._make_room():
-                return False
+            if sum(bool(k.prompts) for k in self._graphs) >= self._sizes.most_mixed:
+                if not self._sizes.on_cpu:
+                    return False
+                self._drop_oldest()
         # The graphs share the memory of their activations, so only a graph with more rows than all others needs more.
         largest = max((k.rows + k.tokens for k in self._graphs), default=0)
         needed = BYTES_PER_GRAPH + max(0, key.rows + key.tokens - largest) * self._bytes_per_row
@@ -223,11 +225,9 @@ class StepGraphs:
         self._without.add(key)
         return False
 
-    def _make_room(self) -> bool:
-        """On a CPU, drops the least recently used graph of a step with prompts. Returns whether a graph was dropped."""
-        if self._sizes.on_cpu:
-            del self._graphs[next(key for key in self._graphs if key.prompts)]
-        return self._sizes.on_cpu
+    def _drop_oldest(self) -> None:
+        """Drops the least recently used graph of a step with prompts."""
+        del self._graphs[next(key for key in self._graphs if key.prompts)]
 
     def capture_ladder(self, reply: Chunk, sampled: SampledTokens | None) -> int:
         """Captures the graphs of decode steps of the shortest contexts, so that no request waits for them. `reply` is
@@ -245,7 +245,7 @@ class StepGraphs:
         valid until the next step."""
         changes = [] if self._tables is None else [*self._tables.update(chunks)]
         arrays = self._arrays(key, chunks, sampled)
-        rows = logit_rows(chunks, padding=key.rows - self._num_decodes(key, chunks)) if key.prompts else None
+        rows = logit_rows(chunks, padding=key.rows - _num_decodes(key, chunks)) if key.prompts else None
         extra = [*changes, *([] if rows is None else [rows])] if any(map(len, changes)) or rows is not None else []
         more = self._send(arrays, extra)
         if self._tables is not None and more:
@@ -261,14 +261,10 @@ class StepGraphs:
             self._seen.discard(key)
         return hidden[: len(chunks)] if rows is None else hidden.index_select(0, more[-1])
 
-    def _num_decodes(self, key: GraphKey, chunks: Many[Chunk]) -> int:
-        """Returns how many chunks the graph computes as replies. These are the first chunks of the step."""
-        return min(sum(chunk.is_decode for chunk in chunks), key.rows)
-
     def _arrays(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> list[Array]:
         """Returns the inputs of a graph, in the order in which `_batch` reads them."""
         block_size, tables = self._storage.block_size, self._tables
-        decodes = chunks[: self._num_decodes(key, chunks)]
+        decodes = chunks[: _num_decodes(key, chunks)]
         rows = row_arrays(decodes, block_size, padding=key.rows - len(decodes))
         arrays: list[Array] = []
         if key.rows:
@@ -310,6 +306,11 @@ class StepGraphs:
             decodes=decodes,
             prefills=prefills,
         )
+
+
+def _num_decodes(key: GraphKey, chunks: Many[Chunk]) -> int:
+    """Returns how many chunks a graph computes as replies. These are the first chunks of the step."""
+    return min(sum(chunk.is_decode for chunk in chunks), key.rows)
 
 
 def _padding_lengths(key: GraphKey, prompts: int, tokens: int) -> Array:

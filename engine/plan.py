@@ -45,7 +45,7 @@ class Plan:
     preempted: bool = False
     no_background: bool = False
     admitted: bool = False
-    _num_last: int = 0  # the number of chunks that are the last of their sequences
+    _num_last: int = 0  # how many of the `chunks` have `is_last`
 
     def __post_init__(self) -> None:
         self.for_long = self.most - self.most // RESERVED_PART

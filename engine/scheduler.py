@@ -220,8 +220,8 @@ class Scheduler:
                 admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
                 plan.no_background |= not admitted
                 newcomer = self._next_waiting(plan, background) if admitted or newcomer.restoring else None
-        # Some prompts got less than they need, to leave a part of the token budget to others. They now get what no
-        # other prompt has used, which is less than before if another prompt ends in the step.
+        # Some prompts got fewer tokens than they need, because a part of the budget was kept for others. They now get
+        # what the others have left over. If another prompt ends in the step, this can be less than they got before.
         for seq in plan.shortened:
             if seq.state_id and seq in plan.chunks:
                 plan.drop(seq)

@@ -43,10 +43,11 @@ DECODE_STEPS: Final = 4
 time in which it reads the weights. With the 3B shape on a processor with AMX, a limit of two decode steps gives steps
 of 32 prompt tokens, with which prefill reaches half of its highest speed. A limit of four gives steps of 128 tokens,
 with which it reaches nine tenths."""
-LONGER: Final = 4
-"""A step without replies may take this many times as long as `max_step_ms`, because no reply waits for it. A request
-that arrives meanwhile does wait. With the shape `small` on a processor with AVX2, prefill is 1.1 to 1.2 times as fast
-in steps of 128 tokens as in steps of 32 tokens. A model that needs longer for four decode steps would gain 4 %."""
+FACTOR_WITHOUT_REPLIES: Final = 4
+"""A step without replies may take this many times as long as `max_step_ms`, because no reply waits for it. Only a
+request that arrives during the step waits for its end. With the shape `small` on a processor with AVX2, prefill is 1.1
+to 1.2 times as fast in steps of 128 tokens as in steps of 32 tokens. A model that needs longer for four decode steps
+would gain 4 %."""
 MEASURING_SECONDS: Final = 0.025
 """The time for which the products are measured, and then again the bandwidth."""
 _SLOWEST: Final = 2e10
@@ -101,8 +102,11 @@ def choose_step_size(
     steps if that is longer. If even `SMALLEST` tokens take longer, the number is `SMALLEST`.
     """
     for name in ("max_num_batched_tokens", "max_num_mixed_tokens"):
-        if config.max_step_ms is not None and getattr(config, name) is not None:
-            raise ConfigError(f"max_step_ms and {name} exclude each other: both limit a step.")
+        if config.max_step_ms is not None and (tokens := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"max_step_ms is {config.max_step_ms} and {name} is {tokens}; they exclude each other, because both "
+                "limit a step."
+            )
     if config.max_num_batched_tokens is not None:
         return None
     target = (DEFAULT_STEP_MS if config.max_step_ms is None else config.max_step_ms) / 1000
@@ -112,7 +116,7 @@ def choose_step_size(
     rates = measure()
     # The smallest step already reads nearly all experts, as a decode step of as many sequences does.
     reading = step_bytes(model, dtype.itemsize, num_sequences=SMALLEST, policy=policy) / rates.bandwidth
-    limit, longer = max(target, DECODE_STEPS * reading), max(LONGER * target, DECODE_STEPS * reading)
+    limit, longer = max(target, DECODE_STEPS * reading), max(FACTOR_WITHOUT_REPLIES * target, DECODE_STEPS * reading)
     of_token = operations / rates.operations + rates.others
 
     def fitting(seconds: float) -> int:

@@ -76,7 +76,7 @@ def test_the_tokens_beside_replies_can_be_given() -> None:
     assert step is not None and (step.mixed, step.alone) == (20, 32)
     large = choose("3b", max_num_mixed_tokens=2000)
     assert large is not None and (large.mixed, large.alone) == (2000, 2000)
-    with pytest.raises(ConfigError, match="max_step_ms and max_num_mixed_tokens exclude each other"):
+    with pytest.raises(ConfigError, match="max_step_ms is 100 and max_num_mixed_tokens is 7; they exclude each other"):
         choose("3b", max_num_mixed_tokens=7, max_step_ms=100)
 
 
@@ -86,7 +86,9 @@ def test_a_tiny_model_keeps_the_default_without_a_measurement() -> None:
 
 def test_the_number_of_tokens_can_be_given_instead() -> None:
     assert choose("3b", Rates(0.0, 0.0), max_num_batched_tokens=7) is None
-    with pytest.raises(ConfigError, match="exclude each other"):
+    with pytest.raises(
+        ConfigError, match="max_step_ms is 100 and max_num_batched_tokens is 7; they exclude each other"
+    ):
         choose("3b", max_num_batched_tokens=7, max_step_ms=100)
 
 

@@ -24,6 +24,7 @@ from jamba_server.server.http.batches.endpoints import PATHS, called_routes
 from jamba_server.server.http.batches.job import read_contents
 from jamba_server.server.http.batches.lines import BadLine, check_line, places
 from jamba_server.server.http.batches.order import LEADERS, Order, Pending, beginnings
+from jamba_server.server.http.batches.results import error_line, reply_line
 from jamba_server.server.http.errors import OnProgress
 from tests.server.batch_client import BODIES, CHAT, COMPLETIONS, Json, jsonl, line
 from tests.server.conftest import Bench, MakeBench
@@ -34,6 +35,16 @@ from tests.server.conftest import Bench, MakeBench
 def test_a_line_keeps_the_text_of_its_body() -> None:
     text = b'{"custom_id":"a","method":"POST","url":"/v1/completions","body":{ "prompt": "x",  "seed": 12e0 }}'
     assert bytes(check_line(text, [COMPLETIONS], max_bytes=1000).body) == b'{ "prompt": "x",  "seed": 12e0 }'
+
+
+def test_a_result_is_one_line_for_clients_that_divide_the_text_with_splitlines() -> None:
+    text = "a\u2028b\u2029c\x85d"
+    body = json.dumps({"content": text}, ensure_ascii=False).encode()
+    written = reply_line("1", Outcome(200, "r", body)) + error_line(text, "code", text)
+    results = [json.loads(part) for part in written.decode().splitlines()]
+    assert [results[0]["response"]["body"]["content"], results[1]["custom_id"], results[1]["error"]["message"]] == [
+        text
+    ] * 3
 
 
 @pytest.mark.parametrize(

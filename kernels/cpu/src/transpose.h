@@ -72,11 +72,12 @@ constexpr int SUMS = 8;
 INLINE void transpose16(const float*, float*) {}
 // Writes the sum of the lanes of each of the eight vectors, added in the order of the function `sum`.
 INLINE void sums(const Vec* v, float* out) {
-    Vec halves[4];  // The lower 128 bits of halves[i] are those of v[i] plus its upper ones, the upper of v[i + 4].
+    // The lower half of halves[i] is the sum of both halves of v[i], and the upper half is that of v[i + 4].
+    Vec halves[4];
     for (int i = 0; i < 4; i++) {
         halves[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20) + _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
     }
-    Vec pairs[2];  // Each vector has two sums of two lanes that are left, for each of four vectors.
+    Vec pairs[2];  // For each of four vectors, pairs[i] has the last two partial sums, of four lanes each.
     for (int i = 0; i < 2; i++) {
         const __m256d a = _mm256_castps_pd(halves[2 * i]), b = _mm256_castps_pd(halves[2 * i + 1]);
         pairs[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)) + _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));

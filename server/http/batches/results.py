@@ -9,6 +9,7 @@ import msgspec
 
 from jamba_server.server.http.batches.call import Outcome
 from jamba_server.server.http.batches.table import Tokens
+from jamba_server.server.http.line_separators import on_one_line
 
 
 def reply_line(custom_id: str, outcome: Outcome) -> bytes:
@@ -28,7 +29,7 @@ def error_line(custom_id: str | None, code: str, message: str) -> bytes:
 
 def _line(custom_id: str | None, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:
     fields = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": error}
-    return msgspec.json.encode(fields) + b"\n"
+    return on_one_line(msgspec.json.encode(fields)) + b"\n"
 
 
 class _Details(msgspec.Struct):

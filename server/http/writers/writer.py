@@ -14,14 +14,11 @@ from pydantic import BaseModel
 
 from jamba_server.server.http.choice import ChoiceDelta, TokenScore
 from jamba_server.server.http.generation import Generation
+from jamba_server.server.http.line_separators import on_one_line
 from jamba_server.server.http.schemas.base import PromptLogprob, PromptLogprobs, Timings, Usage
 from jamba_server.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
-
-# These characters may stand unescaped in JSON. Lines of server-sent events do not end at them, but the method
-# `iter_lines` of httpx and other programs that divide the text with `str.splitlines` would cut an event there.
-_LINE_SEPARATORS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029")
 
 C = TypeVar("C")  # the class of the items in the list `choices` of an event
 
@@ -145,9 +142,6 @@ def event(payload: BaseModel, *, exclude: set[str] | None = None) -> bytes:
 
 
 def frame(body: bytes, event_type: str = "") -> bytes:
-    """Returns the bytes of a server-sent event whose data is the JSON text `body`. Where JSON text has one of the line
-    separators, the character is part of a string, so it can be escaped."""
-    for separator, escaped in _LINE_SEPARATORS:
-        body = body.replace(separator, escaped)
+    """Returns the bytes of a server-sent event whose data is the JSON text `body`."""
     head = f"event: {event_type}\n".encode() if event_type else b""
-    return head + b"data: " + body + b"\n\n"
+    return head + b"data: " + on_one_line(body) + b"\n\n"
